@@ -1,0 +1,416 @@
+"""Hedgehog: linear attention that learns to weigh like softmax, and a GPT to train it in.
+
+Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
+Mimicry", arXiv 2402.04347. From top to bottom: feature maps (`FEATURE_MAPS`), softmax attention,
+one attention layer that can be either, the GPT around it.
+
+Glossary (code = the paper's symbol, shape)
+    B, T, H             batch, time (tokens), heads
+    d   = d             head dim, n_embd / H
+    F   = d'            feature dim, what a map makes of d: 2 d for Hedgehog
+    q, k, v = q, k, v   (B, H, T, d)  queries, keys, values
+    w_q, w_k = W        (H, d, d)     a Hedgehog map's weights: one matrix a head, q and k apart
+    phi_q, phi_k = phi(q), phi(k)     (B, H, T, F)  features
+    S, z                (B, H, F, d), (B, H, F)  the state: sums over keys of phi(k) v^T and phi(k)
+    s                   q.k / sqrt(d), the logit of softmax attention
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kernel import chunked_linear_attention, linear_attention_weights, recurrent_step
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT; the defaults are GPT-2's 124M. A ValueError says what cannot be built."""
+    vocab_size: int = 50257
+    block_size: int = 1024          # longest training context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0            # on embeddings and on what each block adds; never on weights
+    attention: str = "hedgehog"     # "softmax" or a name in FEATURE_MAPS
+    position: str = "learned"       # "learned" (GPT-2) or "rotary"
+    exp_temperature: float = 1.0    # t of the map "exp"
+
+    def __post_init__(self):
+        if self.attention not in ("softmax", *FEATURE_MAPS):
+            raise ValueError(f"attention {self.attention!r} is not one of: softmax, "
+                             + ", ".join(FEATURE_MAPS))
+        if self.position not in ("learned", "rotary"):
+            raise ValueError(f"position {self.position!r} is neither learned nor rotary")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head dim, not {self.head_dim}")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def max_length(self):
+        """Longest sequence that the model is defined on, or None where there is no limit."""
+        bounded = self.position == "learned" or self.attention == "cosformer"
+        return self.block_size if bounded else None
+
+
+# --- feature maps ---------------------------------------------------------------------------------
+
+
+class FeatureMap(nn.Module):
+    """phi: called with q, k (B, H, T, d) and positions (T,), returns phi_q, phi_k (B, H, T, F).
+
+    Attention calls nothing else, so a new map is a subclass and a line in FEATURE_MAPS. Features
+    must give phi(q).phi(k) >= 0. A factor that all of one query's features share cancels in the
+    normalised weights; a factor on one key's features does not.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+
+    def phi(self, x):
+        raise TypeError(f"{type(self).__name__} defines neither phi nor forward")
+
+    def forward(self, q, k, positions):
+        return self.phi(q), self.phi(k)
+
+
+def identity_per_head(config):
+    """(H, d, d): each head's map starts as the identity (Appendix A)."""
+    return nn.Parameter(torch.eye(config.head_dim).repeat(config.n_head, 1, 1))
+
+
+class Hedgehog(FeatureMap):
+    """phi(x) = [softmax(x W), softmax(-x W)], each half on its own; W per head, q and k apart.
+
+    The paper's section 4 with the softmax over features that its authors settled on (LoLCATs, arXiv
+    2410.10254, Appendix D.1): bounded features, and W learns to make the weights spiky and monotone
+    in q.k. No bias: the paper's 0.495 % of extra parameters at Llama-2-7B leave no room for one.
+    Two others carry the name: `hedgehog_exp` below, the main text's, and flash-linear-attention's
+    [softmax over both halves together of (2 x W + b, -2 x W - b)] with one W for all heads. A key's
+    normaliser does not cancel in the attention weights, so these are three different attentions.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.w_q = identity_per_head(config)
+        self.w_k = identity_per_head(config)
+
+    def forward(self, q, k, positions):
+        return self.phi(q, self.w_q), self.phi(k, self.w_k)
+
+    def phi(self, x, w):
+        h = x @ w                                           # (B, H, T, d)
+        return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)     # (B, H, T, 2d)
+
+
+def exp_features(q, k):
+    """exp(q), exp(k), element by element, without overflow.
+
+    Each query is divided by its largest feature, which cancels. A key's exponent stops at 60: below
+    that its features are exact, and a sum over 2^20 tokens of them still fits into fp32 (e^88).
+    """
+    q = q - q.amax(-1, keepdim=True).detach()
+    return q.exp(), k.clamp(max=60).exp()
+
+
+class HedgehogExp(Hedgehog):
+    """phi(x) = [exp(x W), exp(-x W)]: the paper's equation in the main text, section 4."""
+
+    def forward(self, q, k, positions):
+        q, k = q @ self.w_q, k @ self.w_k
+        return exp_features(torch.cat([q, -q], dim=-1), torch.cat([k, -k], dim=-1))
+
+
+class T2R(FeatureMap):
+    """phi(x) = relu(x W + b): Transformer-to-RNN (Kasai et al., arXiv 2103.13076)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.w_q, self.w_k = identity_per_head(config), identity_per_head(config)
+        self.b_q = nn.Parameter(torch.zeros(config.n_head, 1, config.head_dim))
+        self.b_k = nn.Parameter(torch.zeros(config.n_head, 1, config.head_dim))
+
+    def forward(self, q, k, positions):
+        return (q @ self.w_q + self.b_q).relu(), (k @ self.w_k + self.b_k).relu()
+
+
+class ELU(FeatureMap):
+    """phi(x) = 1 + elu(x): the first linear attention (Katharopoulos et al., arXiv 2006.16236)."""
+
+    def phi(self, x):
+        # e^x where x < 0, and not (e^x - 1) + 1, which is 0 for x < -6 in bf16.
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+class ReLU(FeatureMap):
+    """phi(x) = max(x, 0)."""
+
+    def phi(self, x):
+        return x.relu()
+
+
+class Exp(FeatureMap):
+    """phi(x) = exp(t x): spiky, not monotone in q.k; the paper's probe (section 3)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.t = config.exp_temperature
+
+    def forward(self, q, k, positions):
+        return exp_features(self.t * q, self.t * k)
+
+
+class Performer(FeatureMap):
+    """phi(x) = exp(w_r.x' - |x'|^2 / 2) / sqrt(m), r = 1..m, x' = x / d^(1/4), w_r random.
+
+    E[phi(q).phi(k)] = exp(s) (FAVOR+, Choromanski et al., arXiv 2009.14794). The w_r are orthogonal
+    in blocks of d with the norms of Gaussian vectors, drawn once, the same for q and k. m = 2 d
+    unless given: as many features as Hedgehog.
+    """
+
+    def __init__(self, config, m=None):
+        super().__init__(config)
+        d = config.head_dim
+        m = m or 2 * d
+        blocks = [torch.linalg.qr(torch.randn(d, d)).Q for _ in range(math.ceil(m / d))]
+        w = torch.cat(blocks)[:m] * torch.randn(m, d).norm(dim=1, keepdim=True)
+        self.register_buffer("w", w)
+
+    def forward(self, q, k, positions):
+        d, m = q.size(-1), self.w.size(0)
+        q, k = (x / d ** 0.25 for x in (q, k))
+        q, k = (x @ self.w.T - x.square().sum(-1, keepdim=True) / 2 for x in (q, k))
+        phi_q, phi_k = exp_features(q, k)
+        return phi_q / math.sqrt(m), phi_k / math.sqrt(m)   # (B, H, T, m)
+
+
+class CosFormer(FeatureMap):
+    """phi(x_i) = relu(x_i) [cos(pi i / 2M), sin(pi i / 2M)], M = block_size.
+
+    So phi(q_i).phi(k_j) = relu(q_i).relu(k_j) cos(pi (i - j) / 2M): nearer keys weigh more (Qin et
+    al., arXiv 2202.08791). Negative for |i - j| > M, hence GPTConfig.max_length.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.M = config.block_size
+
+    def forward(self, q, k, positions):
+        angle = (math.pi / (2 * self.M) * positions).unsqueeze(-1)      # (T, 1)
+        return tuple(torch.cat([x.relu() * angle.cos(), x.relu() * angle.sin()], dim=-1)
+                     for x in (q, k))                       # (B, H, T, 2d)
+
+
+class Taylor(FeatureMap):
+    """phi(x) = [1, x', vec(x' x'^T) / sqrt 2], x' = x / d^(1/4): phi(q).phi(k) = 1 + s + s^2 / 2.
+
+    Softmax's exp(s) to second order (section 3.2): as good, but 1 + d + d^2 features wide.
+    """
+
+    def phi(self, x):
+        x = x / x.size(-1) ** 0.25
+        x2 = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)     # (B, H, T, d^2)
+        return torch.cat([torch.ones_like(x[..., :1]), x, x2], dim=-1)
+
+
+FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "t2r": T2R, "elu": ELU,
+                "relu": ReLU, "exp": Exp, "performer": Performer, "cosformer": CosFormer,
+                "taylor": Taylor}
+
+
+# --- softmax attention, the definition and the fast path ------------------------------------------
+
+
+def softmax_attention_weights(q, k, causal=True, key_mask=None):
+    """a_ij = exp(s_ij) / sum_m exp(s_im), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k), in fp32.
+
+    `key_mask` (B, T_k) is False at padding. With T_q < T_k the queries are the last T_q tokens.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    s = q.to(dtype) @ k.to(dtype).mT / math.sqrt(q.size(-1))
+    return s.masked_fill(~visible(q, k, causal, key_mask), -math.inf).softmax(-1)
+
+
+def softmax_attention(q, k, v, causal=True, key_mask=None):
+    """softmax_attention_weights(q, k) @ v without ever holding the weights (FlashAttention)."""
+    if causal and key_mask is None and q.size(2) == k.size(2):
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return functional.scaled_dot_product_attention(q, k, v,
+                                                   visible(q, k, causal, key_mask))
+
+
+def visible(q, k, causal, key_mask):
+    """Which keys a query may see, bool, broadcastable to (B, H, T_q, T_k)."""
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
+    if causal:
+        mask = mask.tril(k.size(2) - q.size(2))
+    return mask if key_mask is None else mask & key_mask[:, None, None, :]
+
+
+def rotate(x, positions):
+    """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only."""
+    half = x.size(-1) // 2
+    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
+    angle = positions.unsqueeze(-1) * frequency             # (T, d/2), fp32
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention, softmax or linear as config.attention says."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.rotary = config.n_head, config.position == "rotary"
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.feature_map = (None if config.attention == "softmax"
+                            else FEATURE_MAPS[config.attention](config))
+
+    def project(self, x, positions):
+        """Hidden states (B, T, n_embd) -> q, k, v (B, H, T, d), rotated if positions are rotary."""
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for y in self.qkv(x).chunk(3, dim=-1))
+        if self.rotary:
+            q, k = rotate(q, positions), rotate(k, positions)
+        return q, k, v
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, n_embd) -> the same shape, and what later tokens need to know of these.
+
+        The cache is (k, v) of all tokens so far for softmax, the state (S, z) for linear attention.
+        """
+        q, k, v = self.project(x, positions)
+        if self.feature_map is None:
+            if cache is not None:
+                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+            y, cache = softmax_attention(q, k, v), (k, v)
+        else:
+            phi_q, phi_k = self.feature_map(q, k, positions)
+            if x.size(1) == 1:
+                y, cache = recurrent_step(phi_q[:, :, 0], phi_k[:, :, 0], v[:, :, 0], cache)
+                y = y.unsqueeze(2)
+            else:
+                y, cache = chunked_linear_attention(phi_q, phi_k, v, state=cache)
+        return self.proj(y.transpose(1, 2).flatten(2)), cache
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block, GPT-2's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.mlp = nn.Sequential(nn.Linear(config.n_embd, 4 * config.n_embd),
+                                 nn.GELU(approximate="tanh"),       # GPT-2's form of GELU
+                                 nn.Linear(4 * config.n_embd, config.n_embd))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, positions, cache=None):
+        y, cache = self.attn(self.ln_1(x), positions, cache)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.ln_2(x))), cache
+
+
+class GPT(nn.Module):
+    """GPT-2 with the attention that config names. idx and targets are (B, T) token ids."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = (nn.Embedding(config.block_size, config.n_embd)
+                    if config.position == "learned" else None)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight               # tied, as in GPT-2
+        # GPT-2's initialisation, its 0.02 taken as 0.55 / sqrt(width) so that a narrow model starts
+        # with activations of the same size (with 0.02 at width 64 not even softmax attention learns
+        # recall). It names Linear and Embedding only: the feature maps, which hold bare parameters,
+        # keep their identity.
+        std = 0.02 * math.sqrt(768 / config.n_embd)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:               # 2 n_layer layers add to the residual stream
+            for linear in (block.attn.proj, block.mlp[2]):
+                nn.init.normal_(linear.weight, std=std / math.sqrt(2 * config.n_layer))
+
+    def hidden(self, idx, caches=None, start=0):
+        """Token ids at positions start, start + 1, ... -> hidden states (B, T, n_embd), new caches.
+
+        `caches` is a list with what each block returned for the tokens before start (None at 0);
+        without it nothing is kept.
+        """
+        end = start + idx.size(1)
+        if self.config.max_length is not None and end > self.config.max_length:
+            raise ValueError(f"{end} tokens are more than the {self.config.max_length} that this "
+                             "model was built for; position='rotary' has no such limit (but for "
+                             "attention='cosformer')")
+        positions = torch.arange(start, end, device=idx.device)
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        x, kept = self.dropout(x), []
+        for i, block in enumerate(self.blocks):
+            x, cache = block(x, positions, None if caches is None else caches[i])
+            if caches is not None:
+                kept.append(cache)
+        return self.ln_f(x), kept
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, vocab_size), and the mean loss in nats over the targets that are not -1."""
+        logits = self.lm_head(self.hidden(idx)[0])
+        if targets is None:
+            return logits, None
+        return logits, functional.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                                                ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) followed by max_new_tokens sampled ones; temperature 0 takes the likeliest.
+
+        The prompt goes through in parallel, then a token at a time from the caches: constant
+        memory and time a token with linear attention, both growing with softmax.
+        """
+        training = self.training
+        self.eval()
+        caches, start, new = [None] * self.config.n_layer, 0, idx
+        for _ in range(max_new_tokens):
+            x, caches = self.hidden(new, caches, start)
+            start += new.size(1)
+            logits = self.lm_head(x[:, -1]).float()         # (B, vocab_size)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = (logits / temperature).softmax(-1).multinomial(1)
+            idx = torch.cat([idx, new], dim=1)
+        self.train(training)
+        return idx
+
+    def parameter_groups(self, weight_decay):
+        """Optimizer groups: decay for matrices; none for norms, biases and feature maps."""
+        decay = {True: [], False: []}
+        for name, p in self.named_parameters():
+            decay[p.dim() >= 2 and "feature_map" not in name].append(p)
+        return [{"params": decay[True], "weight_decay": weight_decay},
+                {"params": decay[False], "weight_decay": 0.0}]

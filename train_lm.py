@@ -1,0 +1,749 @@
+"""Train a GPT from scratch, with softmax or linear attention, on text or on associative recall.
+
+    python train_lm.py                                  no GPU: Python's own source, minutes
+    python train_lm.py --data wikitext103 --preset gpt2 the paper's run; both default with a GPU
+    python train_lm.py --attention softmax --data FOLDER_OR_FILE
+    python train_lm.py --data recall --attention elu    the paper's associative recall
+    python train_lm.py --resume                         go on after Ctrl-C, a kill or a crash
+    python train_lm.py --sample "def main("             continue a prompt from the checkpoint
+    torchrun --nproc_per_node=8 train_lm.py             the same global batch on 8 GPUs
+
+In this file: data, batches, evaluation, checkpoints, the training loop, the command line. OUT gets
+checkpoint.pt, log.jsonl (a line an evaluation) and result.json (also the last line printed).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import sysconfig
+import time
+import urllib.request
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from hedgehog import FEATURE_MAPS, GPT, GPTConfig
+
+# Shape and budget by hardware; --batch-size is the sequences of one optimizer step over all GPUs.
+PRESETS = {
+    # A laptop: minutes.
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=16, micro_batch=16,
+                 steps=500, lr=2e-3, dropout=0.0, eval_every=125),
+    # One GPU: minutes. One pass over the data.
+    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, batch_size=64, micro_batch=64,
+                  epochs=1, lr=1e-3, dropout=0.0, eval_every=200),
+    # The paper's WikiText-103 model. The budget is that of the same lab's recipe (H3, Hyena).
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=512, micro_batch=32,
+                 epochs=100, lr=6e-4, dropout=0.1, eval_every=500),
+    # --data recall: minutes on two cores.
+    "recall": dict(n_layer=2, n_head=1, n_embd=64, block_size=63, batch_size=32, micro_batch=32,
+                   epochs=40, lr=1e-3, dropout=0.0, eval_every=1250, position="rotary"),
+}
+
+
+SPLITS = ("train", "valid", "test")
+WIKITEXT_LINES = {"train": 1_801_350, "valid": 3_760, "test": 4_358}
+WIKITEXT_URLS = ["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+                 "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/"
+                 "wikitext-103-raw-v1.zip"]
+
+
+class UserError(Exception):
+    """Something that the user can mend: printed as one line, exit code 2."""
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+class Text:
+    """Token ids in splits, cut into examples of block_size tokens that each predict the next one.
+
+    splits: "train", "valid" and perhaps "test" -> uint16 array of token ids.
+    counts: split -> {"words": .., "bytes": ..} as far as known; a word is what str.split() gives.
+    """
+
+    def __init__(self, name, tokenizer, vocab_size, splits, counts):
+        self.name, self.tokenizer, self.vocab_size = name, tokenizer, vocab_size
+        self.splits, self.counts = splits, counts
+
+    def examples(self, split, block_size):
+        """How many: all whole ones to train on, the ragged last one too to evaluate on."""
+        whole, rest = divmod(len(self.splits[split]) - 1, block_size)
+        return whole + (split != "train" and rest > 0)
+
+    def batch(self, split, indices, block_size):
+        """Inputs and targets (B, T) of the examples; targets are -1 past the end of the split."""
+        x = torch.zeros(len(indices), block_size, dtype=torch.long)
+        y = torch.full_like(x, -1)
+        for row, i in enumerate(indices):
+            window = self.splits[split][i * block_size:(i + 1) * block_size + 1].astype(np.int64)
+            x[row, :len(window) - 1] = torch.from_numpy(window[:-1])
+            y[row, :len(window) - 1] = torch.from_numpy(window[1:])
+        return x, y
+
+    def figures(self, split, loss, accuracy):
+        """What one reports of a mean loss in nats over all tokens of a split but its first.
+
+        Perplexity per token; per word and bits per byte share the summed loss out among all words
+        and bytes of the split, where their number is known.
+        """
+        total = loss * (len(self.splits[split]) - 1)
+        count = self.counts.get(split, {})
+        out = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+        if self.tokenizer != "bytes" and count.get("words"):
+            out["perplexity_per_word"] = math.exp(min(total / count["words"], 700))
+        if count.get("bytes"):
+            out["bits_per_byte"] = total / count["bytes"] / math.log(2)
+        return out
+
+
+class Recall:
+    """Associative recall (the paper's Table 12): which value came after this key?
+
+        x   c 7 a 3 f 9 a 3 c 7 f      10,000 sequences to train on, 2,000 others to test on, each
+        y   . . . . . . 3 . 7 . 9      with its own key -> value table: 20 keys, 20 values
+
+    Training predicts every value whose key came before ("." is -1), evaluation the last one only.
+    """
+    name, tokenizer, vocab_size, keys = "recall", "recall", 40, 20
+    sizes = {"train": 10_000, "valid": 2_000, "test": 2_000}
+
+    def __init__(self, block_size):
+        if block_size % 2 == 0 or block_size < 3:
+            raise UserError(f"--data recall: --block-size {block_size} must be odd and above 1: "
+                            "key-value pairs and a key")
+        self.splits = {}
+        for seed, (split, n) in enumerate(self.sizes.items()):
+            rng = np.random.default_rng(seed)
+            table = rng.integers(self.keys, self.vocab_size, (n, self.keys))
+            keys = rng.integers(0, self.keys, (n, block_size // 2 + 1))
+            keys[:, -1] = rng.permuted(keys[:, :-1], axis=1)[:, 0]  # ask for a key that came
+            values = np.take_along_axis(table, keys, axis=1)
+            self.splits[split] = np.stack([keys, values], axis=2).reshape(n, -1)
+
+    def examples(self, split, block_size):
+        return self.sizes[split]
+
+    def batch(self, split, indices, block_size):
+        rows = torch.from_numpy(self.splits[split][indices])
+        x, y = rows[:, :-1], rows[:, 1:].clone()
+        keys = rows[:, ::2]                                 # (B, pairs)
+        ask = (keys.unsqueeze(2) == keys.unsqueeze(1)).tril(-1).any(2)
+        if split != "train":
+            ask[:, :-1] = False
+        y[:, ::2].masked_fill_(~ask, -1)                    # values stand at even places of y
+        y[:, 1::2] = -1
+        return x, y
+
+    def figures(self, split, loss, accuracy):
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def load_stdlib(tokenizer, data_dir):
+    """The Python standard library's source on this machine, without its own tests.
+
+    2 % of the files are valid, 2 % test, by a hash of the path: a file never changes its split.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = {split: [] for split in SPLITS}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not skip & set(name.parts):
+            bucket = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % 50
+            files[{0: "valid", 1: "test"}.get(bucket, "train")].append(path.read_bytes())
+    raw = {split: b"".join(texts) for split, texts in files.items()}
+    return from_raw(f"stdlib-{platform.python_version()}", tokenizer or "bytes", raw, data_dir)
+
+
+def load_path(path, tokenizer, data_dir):
+    """A folder of {train,valid,test} .bin, .txt or wiki.*.{raw,tokens} files, or one text file."""
+    if path.is_file():
+        text = path.read_bytes()                            # 90, 5 and 5 %, cut at line ends
+        cuts = [0, *(text.find(b"\n", len(text) * part // 20) + 1 for part in (18, 19)), len(text)]
+        raw = {split: text[a:b] for split, a, b in zip(SPLITS, cuts, cuts[1:])}
+    elif (path / "train.bin").exists():
+        return from_bins(path, path.name)
+    else:
+        patterns = [p for p in ("wiki.{}.raw", "wiki.{}.tokens", "{}.txt")
+                    if (path / p.format("train")).exists()]
+        if not patterns:
+            raise UserError(f"--data {path} is neither a text file nor a folder with train.bin, "
+                            "train.txt, wiki.train.raw or wiki.train.tokens")
+        files = {split: path / patterns[0].format(split) for split in SPLITS}
+        raw = {split: file.read_bytes() for split, file in files.items() if file.exists()}
+        if patterns[0].startswith("wiki"):
+            tokenizer = tokenizer or "gpt2"
+    return from_raw(path.name, tokenizer or "bytes", raw, data_dir)
+
+
+def from_raw(name, tokenizer, raw, data_dir):
+    """Text from split -> bytes; GPT-2 tokens are kept in data_dir for the next time."""
+    counts = {split: {"bytes": len(text), "words": len(text.split())}
+              for split, text in raw.items()}
+    if tokenizer == "bytes":
+        splits = {split: np.frombuffer(text, np.uint8) for split, text in raw.items()}
+        return Text(name, "bytes", 256, splits, counts)
+    digest = hashlib.sha256()
+    for text in raw.values():
+        digest.update(hashlib.sha256(text).digest())
+    cache = data_dir / "tokens" / f"{name}-{digest.hexdigest()[:12]}"
+    if not cache.exists():
+        encoding = gpt2_encoding()
+        part = Path(f"{cache}.part-{os.getpid()}")
+        part.mkdir(parents=True)
+        for split, text in raw.items():
+            lines = text.decode(errors="replace").split("\n")
+            lines = [line + "\n" for line in lines[:-1]] + lines[-1:]
+            with open(part / f"{split}.bin", "wb") as f, \
+                    tqdm(total=len(lines), unit="line", desc=f"tokenise {split}") as bar:
+                for i in range(0, len(lines), 4096):        # line by line, many at a time
+                    for ids in encoding.encode_ordinary_batch(lines[i:i + 4096]):
+                        f.write(np.array(ids, np.uint16).tobytes())
+                    bar.update(min(4096, len(lines) - i))
+        meta = {"tokenizer": "gpt2", "vocab_size": encoding.n_vocab, "dtype": "uint16", **counts}
+        (part / "meta.json").write_text(json.dumps(meta, indent=1))
+        part.rename(cache)                                  # whole, or not there at all
+    return from_bins(cache, name)
+
+
+def from_bins(folder, name):
+    """{train,valid,test}.bin, uint16 token ids, and meta.json beside them."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder / 'meta.json'} is missing or names no tokenizer and vocab_size")
+    splits = {}
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        if path.exists():
+            if path.stat().st_size == 0 or path.stat().st_size % 2:
+                raise UserError(f"{path} is empty or cut off: make it again (uint16 token ids)")
+            splits[split] = np.memmap(path, np.uint16, mode="r")
+    return Text(name, tokenizer, vocab_size, splits, {s: meta.get(s, {}) for s in splits})
+
+
+def gpt2_encoding():
+    import tiktoken                                         # only this tokenizer needs it
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as e:                                  # whatever its HTTP library raises
+        raise UserError(f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}): go online "
+                        "once, set TIKTOKEN_CACHE_DIR to a filled cache, or use --tokenizer bytes")
+
+
+def load_wikitext103(tokenizer, data_dir):
+    """WikiText-103 raw: unpacked in data_dir, or from the zip there, or downloaded once."""
+    folder = data_dir / "wikitext-103-raw"
+    archive = data_dir / "wikitext-103-raw-v1.zip"
+    if not folder.exists():
+        if not archive.exists():
+            download(WIKITEXT_URLS, archive)
+        part = Path(f"{folder}.part-{os.getpid()}")
+        part.mkdir(parents=True)
+        try:
+            with zipfile.ZipFile(archive) as z:
+                for split in SPLITS:
+                    member = z.read(f"{folder.name}/wiki.{split}.raw")
+                    (part / f"wiki.{split}.raw").write_bytes(member)
+        except (zipfile.BadZipFile, KeyError):
+            raise UserError(f"{archive} is not the WikiText-103 zip: delete it and start again")
+        part.rename(folder)
+    for split, lines in WIKITEXT_LINES.items():
+        found = (folder / f"wiki.{split}.raw").read_bytes().count(b"\n")
+        if found != lines:
+            raise UserError(f"{folder}/wiki.{split}.raw has {found:,} lines and not {lines:,}: "
+                            "delete the folder and start again")
+    return load_path(folder, tokenizer, data_dir)
+
+
+def download(urls, path):
+    """The first of the urls that answers, to path; a download cut short leaves nothing at path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, errors = Path(f"{path}.part-{os.getpid()}"), []
+    for url in urls:
+        try:                                                # 403 for urllib's own User-Agent
+            request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+            with urllib.request.urlopen(request, timeout=30) as r, open(part, "wb") as f:
+                size = int(r.headers.get("Content-Length", 0))
+                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                    while block := r.read(1 << 20):
+                        f.write(block)
+                        bar.update(len(block))
+                if size and f.tell() != size:
+                    raise OSError(f"only {f.tell():,} of {size:,} bytes came")
+            part.rename(path)
+            return
+        except OSError as e:                                # URLError and time-outs are OSErrors
+            errors.append(str(e))
+            part.unlink(missing_ok=True)
+    raise UserError(f"cannot download {path.name} ({'; '.join(errors)}): put it at {path}, or use "
+                    "--data stdlib, which needs no download")
+
+
+def load_data(args):
+    """The dataset that --data names, checked; of several processes the first one prepares it."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:
+        dist.barrier()
+    data_dir, size = Path(args.data_dir), args.block_size
+    if args.data == "recall":
+        data = Recall(size)
+    elif args.data == "stdlib":
+        data = load_stdlib(args.tokenizer, data_dir)
+    elif args.data == "wikitext103":
+        data = load_wikitext103(args.tokenizer, data_dir)
+    else:
+        data = load_path(Path(args.data), args.tokenizer, data_dir)
+    if not {"train", "valid"} <= set(data.splits):
+        raise UserError(f"--data {args.data}: a train and a valid split are needed, found only "
+                        + ", ".join(data.splits))
+    for split, tokens in data.splits.items():
+        if len(tokens) <= size:
+            raise UserError(f"--data {args.data}: the {split} split has {len(tokens)} tokens, one "
+                            f"context needs {size + 1}: give more text or a smaller --block-size")
+        if int(tokens.max()) >= data.vocab_size:
+            raise UserError(f"--data {args.data}: the {split} split holds token {tokens.max()}, "
+                            f"its vocabulary ends at {data.vocab_size - 1}: tokenise it again")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return data
+
+
+def bigram_bits_per_byte(data):
+    """Validation bits per byte of P(byte | byte before), add-one counts on the training split."""
+    pair = {split: 256 * tokens[:-1].astype(np.int64) + tokens[1:]
+            for split, tokens in data.splits.items()}
+    counts = np.bincount(pair["train"], minlength=256 * 256).reshape(256, 256) + 1
+    p = counts / counts.sum(1, keepdims=True)
+    return float(-np.log2(p.ravel()[pair["valid"]]).mean())
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class Machine:
+    """Where this process runs: its device and precision, its place among torchrun's processes."""
+
+    def __init__(self, device, precision):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and self.world > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            self.device = torch.device(name)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device {name}: {str(e).splitlines()[0]}")
+        cuda = self.device.type == "cuda"
+        self.precision = precision or ("bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32")
+        if self.precision == "bf16":                        # what autocast leaves in fp32 uses tf32
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1:
+            if cuda:
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def sum(self, values):
+        """Element-wise sums of a list of numbers over all processes, as floats."""
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def __str__(self):
+        name = (torch.cuda.get_device_name(self.device) if self.device.type == "cuda"
+                else f"{self.device.type}, {torch.get_num_threads()} threads")
+        return f"{self.world} x {name}" if self.world > 1 else name
+
+
+def example_order(step, batch_size, n, seed):
+    """The batch_size examples of a step: each pass over the n examples is a shuffle of its own.
+
+    A function of the step alone, so that a resumed run sees what an uninterrupted one would have.
+    """
+    shuffles, order = {}, []
+    for i in range(step * batch_size, (step + 1) * batch_size):
+        if i // n not in shuffles:
+            shuffles[i // n] = np.random.default_rng((seed, i // n)).permutation(n)
+        order.append(int(shuffles[i // n][i % n]))
+    return order
+
+
+def learning_rate(step, args):
+    """Linear warm-up over the first --warmup of all steps, then a cosine down to --lr / 10."""
+    warmup = max(1, round(args.warmup * args.steps))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def backward(model, data, examples, args, machine):
+    """Gradients of the mean loss over this process's examples, a micro-batch at a time."""
+    total = 0.0
+    for i in range(0, len(examples), args.micro_batch):
+        micro = examples[i:i + args.micro_batch]
+        x, y = (t.to(machine.device) for t in data.batch("train", micro, args.block_size))
+        # Gradients are averaged over processes once, at the last micro-batch.
+        wait = isinstance(model, DistributedDataParallel) and i + len(micro) < len(examples)
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with machine.autocast():
+                loss = model(x, y)[1] * (len(micro) / len(examples))
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(model, data, split, args, machine):
+    """data.figures of the whole split."""
+    model.eval()
+    totals = [0.0, 0, 0]                                    # loss, right, targets
+    mine = range(machine.rank, data.examples(split, args.block_size), machine.world)
+    for i in range(0, len(mine), args.micro_batch):
+        x, y = data.batch(split, mine[i:i + args.micro_batch], args.block_size)
+        x, y = x.to(machine.device), y.to(machine.device)
+        with machine.autocast():
+            logits, loss = model(x, y)
+        n = int((y >= 0).sum())
+        for j, value in enumerate((float(loss) * n, int((logits.argmax(-1) == y).sum()), n)):
+            totals[j] += value
+    model.train()
+    loss, right, n = machine.sum(totals)
+    return data.figures(split, loss / n, right / n)
+
+
+def save_checkpoint(path, state):
+    """Written beside path and renamed, so that path always holds a whole checkpoint."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}): make room or choose "
+                        "another --out; the checkpoint before it is untouched")
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote: "config", "model", "identity" and what resuming needs."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "config": GPTConfig(**state["config"])}
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: train first, or name the run with --out")
+    except Exception as e:              # torch.load has no exception of its own for a damaged file
+        raise UserError(f"{path} is cut off or not a checkpoint of this program "
+                        f"({type(e).__name__}): delete it and train again")
+
+
+def resume(path, identity, model, optimizer, machine):
+    """Puts model, optimizer and random numbers back to where they were; returns the progress."""
+    state = load_checkpoint(path)
+    for key, value in identity.items():
+        if state["identity"].get(key) != value:
+            raise UserError(f"{path} has {key} {state['identity'].get(key)}, this run has {value}: "
+                            "give the options that it was started with, or another --out")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if machine.device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], machine.device)
+    log = path.with_name("log.jsonl")
+    if machine.rank == 0 and log.exists():                  # forget what the checkpoint does
+        lines = [line for line in log.read_text().splitlines(keepends=True)
+                 if json.loads(line)["step"] <= state["progress"]["step"]]
+        log.write_text("".join(lines))
+    return state["progress"]
+
+
+def train(args, data, machine):
+    """The whole run. Returns the model and the result, which is None after Ctrl-C."""
+    out = Path(args.out)
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
+    try:
+        config = GPTConfig(data.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd,
+                           args.dropout, args.attention, args.position, args.exp_temperature)
+    except ValueError as e:
+        raise UserError(str(e))
+    torch.manual_seed(args.seed)
+    raw_model = GPT(config).to(machine.device)
+    optimizer = torch.optim.AdamW(raw_model.parameter_groups(args.weight_decay), lr=args.lr,
+                                  betas=(0.9, 0.95), fused=machine.device.type == "cuda")
+    # What must be the same for a resumed run to be the same run.
+    identity = {"data": data.name, "tokenizer": data.tokenizer, "seed": args.seed,
+                "batch_size": args.batch_size, **asdict(config)}
+    progress = {"step": 0, "seconds": 0.0, "losses": [], "valid": None}
+    if args.resume:
+        progress = resume(checkpoint, identity, raw_model, optimizer, machine)
+    elif checkpoint.exists() and not args.overwrite:
+        raise UserError(f"{out} holds a run already: --resume goes on with it, --overwrite "
+                        "replaces it, --out DIR keeps both")
+    elif machine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in (checkpoint, log, out / "result.json"):
+            old.unlink(missing_ok=True)
+    compiled = torch.compile(raw_model) if args.compile else raw_model
+    model = DistributedDataParallel(compiled) if machine.world > 1 else compiled
+    if machine.rank == 0:
+        print_header(args, data, machine, raw_model)
+
+    def save():
+        if machine.rank == 0:
+            state = {"config": asdict(config), "model": raw_model.state_dict(),
+                     "optimizer": optimizer.state_dict(), "progress": progress,
+                     "identity": identity, "rng": torch.get_rng_state()}
+            if machine.device.type == "cuda":
+                state["cuda_rng"] = torch.cuda.get_rng_state(machine.device)
+            save_checkpoint(checkpoint, state)
+
+    interrupted = []                    # Ctrl-C is noted at once and acted upon between two steps
+    if machine.world == 1:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    n, tokens_per_step = data.examples("train", args.block_size), args.batch_size * args.block_size
+    bar = tqdm(total=args.steps * tokens_per_step, initial=progress["step"] * tokens_per_step,
+               unit="tok", unit_scale=True, disable=machine.rank > 0, desc="train")
+    start = time.perf_counter()
+    while progress["step"] < args.steps:
+        step = progress["step"]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        examples = example_order(step, args.batch_size, n, args.seed)
+        loss = backward(model, data, examples[machine.rank::machine.world], args, machine)
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress["step"] += 1
+        progress["losses"].append(loss)
+        bar.update(tokens_per_step)
+        due = progress["step"] % args.eval_every == 0 or progress["step"] == args.steps
+        if due or interrupted or step % 10 == 0:            # reading a loss waits for the device
+            progress["losses"] = [float(x) for x in progress["losses"]]
+            mean = machine.sum(progress["losses"])
+            bar.set_postfix_str(f"loss {progress['losses'][-1]:.3f}")
+            if not math.isfinite(sum(mean)):
+                raise UserError(f"the loss is not finite at step {progress['step']}: try a lower "
+                                "--lr or --precision fp32; --resume goes on from the last checkpoint")
+        if due:
+            progress["seconds"] += time.perf_counter() - start
+            progress["valid"] = evaluate(compiled, data, "valid", args, machine)
+            line = {"step": progress["step"], "tokens": progress["step"] * tokens_per_step,
+                    "train_loss": sum(mean) / len(mean) / machine.world,
+                    "valid": progress["valid"], "seconds": round(progress["seconds"], 1)}
+            progress["losses"] = []
+            if machine.rank == 0:
+                with open(log, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+                bar.write(f"step {line['step']:>6}  train loss {line['train_loss']:.4f}  valid "
+                          + "  ".join(f"{k} {v:.4f}" for k, v in progress["valid"].items()))
+            save()
+            start = time.perf_counter()
+        elif interrupted:
+            progress["seconds"] += time.perf_counter() - start
+            save()
+        if interrupted and progress["step"] < args.steps:
+            bar.close()
+            again = [a for a in sys.argv if a not in ("--resume", "--overwrite")] + ["--resume"]
+            print(f"saved at step {progress['step']}; go on with: python {shlex.join(again)}")
+            return raw_model, None
+    bar.close()
+    tokens = progress["step"] * tokens_per_step
+    result = {"attention": args.attention, "data": data.name, "tokenizer": data.tokenizer,
+              "parameters": sum(p.numel() for p in raw_model.parameters()),
+              "steps": progress["step"], "tokens": tokens, "valid": progress["valid"]}
+    if "test" in data.splits:
+        result["test"] = evaluate(compiled, data, "test", args, machine)
+    result |= {"seconds": round(progress["seconds"], 1),
+               "tokens_per_second": round(tokens / progress["seconds"]),
+               "device": str(machine), "precision": machine.precision, "seed": args.seed,
+               "torch": torch.__version__, "python": platform.python_version(),
+               "config": asdict(config)}
+    return raw_model, result
+
+
+def print_header(args, data, machine, model):
+    """What is about to happen, and how long a trial micro-batch says that it will take."""
+    sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.splits.items())
+    unit = "sequences" if data.tokenizer == "recall" else f"{data.tokenizer} tokens"
+    print(f"data    {data.name}: {sizes} {unit}")
+    if data.tokenizer == "bytes":
+        print(f"        a byte-bigram model needs {bigram_bits_per_byte(data):.3f} bits per byte "
+              "of valid")
+    print(f"model   {args.attention} attention, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters: {args.n_layer} layers, {args.n_head} heads, width {args.n_embd}, context "
+          f"{args.block_size}")
+    micro = list(range(min(args.micro_batch, args.batch_size // machine.world)))
+    for _ in range(2):                                      # the first one warms up
+        begin = time.perf_counter()
+        with torch.random.fork_rng():
+            float(backward(model, data, micro, args, machine))
+        seconds = time.perf_counter() - begin
+    model.zero_grad(set_to_none=True)
+    rate = len(micro) * args.block_size / seconds * machine.world
+    tokens = args.steps * args.batch_size * args.block_size
+    print(f"device  {machine}, {machine.precision}")
+    print(f"budget  {args.steps:,} steps of {args.batch_size * args.block_size:,} tokens, "
+          f"{tokens / 1e6:,.1f} M in all; about {tokens / rate / 60:,.1f} minutes of training",
+          flush=True)
+
+
+def encode(tokenizer, text):
+    return list(text.encode()) if tokenizer == "bytes" else gpt2_encoding().encode_ordinary(text)
+
+
+def decode(tokenizer, ids):
+    if tokenizer == "bytes":
+        return bytes(ids).decode(errors="replace")
+    return gpt2_encoding().decode(ids)
+
+
+def sample(model, tokenizer, prompt, args, machine):
+    """The prompt and what the model makes of it; as much as a bounded model has room for."""
+    ids = encode(tokenizer, prompt)
+    limit = model.config.max_length
+    new = args.sample_tokens if limit is None else min(args.sample_tokens, limit - len(ids))
+    if not ids or new < 1:
+        raise UserError(f"a prompt of {len(ids)} tokens: it needs at least one and "
+                        f"{'' if limit is None else f'at most {limit - 1}'}")
+    idx = torch.tensor([ids], device=machine.device)
+    return decode(tokenizer, model.generate(idx, new, args.temperature, args.top_k)[0].tolist())
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                               # one line, without the usage
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def positive(text):
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--data", help="stdlib (default without a GPU), wikitext103 (default with one), "
+                   "recall, a folder of {train,valid,test}.txt, .bin or wiki.*, or a text file")
+    p.add_argument("--data-dir", default="data", help="downloads and tokenised text (%(default)s)")
+    p.add_argument("--tokenizer", choices=["gpt2", "bytes"],
+                   help="for text of your own; gpt2 for files named wiki.*, else bytes")
+    p.add_argument("--attention", default="hedgehog", choices=["softmax", *FEATURE_MAPS],
+                   help="softmax or a feature map (%(default)s)")
+    p.add_argument("--exp-temperature", type=float, default=1.0, help="t of exp(t x) (%(default)s)")
+    p.add_argument("--position", choices=["learned", "rotary"], help="positions (preset)")
+    p.add_argument("--preset", choices=[name for name in PRESETS if name != "recall"],
+                   help="tiny (default without a GPU), small, or gpt2 (default with one): sets "
+                   "every option below that is marked (preset)")
+    for name, kind, text in (
+            ("n-layer", positive, "blocks"), ("n-head", positive, "heads of a block"),
+            ("n-embd", positive, "width"), ("block-size", positive, "context in tokens"),
+            ("dropout", float, "on embeddings and block outputs"),
+            ("batch-size", positive, "sequences of one step, over all GPUs"),
+            ("micro-batch", positive, "sequences at once on a GPU; changes memory, not results"),
+            ("steps", positive, "optimizer steps"), ("lr", float, "peak learning rate"),
+            ("epochs", float, "passes over the data, instead of --steps"),
+            ("eval-every", positive, "steps between evaluations, each with a checkpoint")):
+        p.add_argument(f"--{name}", type=kind, help=f"{text} (preset)")
+    p.add_argument("--warmup", type=float, default=0.02, help="share of steps (%(default)s)")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (%(default)s)")
+    p.add_argument("--grad-clip", type=float, default=1.0, help="gradient norm (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of weights and data order (%(default)s)")
+    p.add_argument("--device", help="cuda if there is one, else cpu")
+    p.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 where the GPU has it")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--out", help="folder of the run (out/DATA-ATTENTION)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    p.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model in --out")
+    p.add_argument("--sample-tokens", type=positive, default=200, help="how many (%(default)s)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
+    p.add_argument("--top-k", type=positive, default=50, help="sample among these (%(default)s)")
+    args = p.parse_args(argv)
+    gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+    args.data = args.data or ("wikitext103" if gpu else "stdlib")
+    preset = "recall" if args.data == "recall" else args.preset or ("gpt2" if gpu else "tiny")
+    if args.steps and args.epochs:
+        p.error("--steps and --epochs: give one of them")
+    for key, value in PRESETS[preset].items():
+        if getattr(args, key) is None and not (key == "epochs" and args.steps):
+            setattr(args, key, value)
+    args.position = args.position or "learned"
+    args.out = args.out or f"out/{Path(args.data).stem}-{args.attention}"
+    return args
+
+
+def main():
+    args = parse_args()
+    machine = None
+    try:
+        machine = Machine(args.device, args.precision)
+        if args.sample is not None:
+            state = load_checkpoint(Path(args.out) / "checkpoint.pt")
+            model = GPT(state["config"])
+            model.load_state_dict(state["model"])
+            torch.manual_seed(args.seed)
+            print(sample(model.to(machine.device), state["identity"]["tokenizer"], args.sample,
+                         args, machine))
+            return 0
+        if args.batch_size % machine.world:
+            raise UserError(f"--batch-size {args.batch_size} does not divide among "
+                            f"{machine.world} processes")
+        data = load_data(args)
+        if args.epochs:
+            args.steps = max(1, math.ceil(args.epochs * data.examples("train", args.block_size)
+                                          / args.batch_size))
+        model, result = train(args, data, machine)
+        if result is None:
+            return 130
+        if machine.rank == 0:
+            if data.tokenizer != "recall":
+                try:
+                    prompt = decode(data.tokenizer, data.splits["valid"][:32].tolist())
+                    print(f"sample  {sample(model, data.tokenizer, prompt, args, machine)!r}")
+                except UserError as e:
+                    print(f"no sample: {e}")
+            part = Path(args.out) / "result.json.part"
+            part.write_text(json.dumps(result) + "\n")
+            part.replace(Path(args.out) / "result.json")
+            print(json.dumps(result))
+        return 0
+    except UserError as e:
+        print(f"train_lm.py: error: {e}", file=sys.stderr)
+    except OSError as e:
+        print(f"train_lm.py: error: {e.filename or args.out}: {e.strerror}", file=sys.stderr)
+    except torch.cuda.OutOfMemoryError:
+        print(f"train_lm.py: error: out of GPU memory: give a smaller --micro-batch than "
+              f"{args.micro_batch}", file=sys.stderr)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
