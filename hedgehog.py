@@ -179,9 +179,10 @@ class Performer(FeatureMap):
         super().__init__(config)
         d = config.head_dim
         m = m or 2 * d
-        blocks = [torch.linalg.qr(torch.randn(d, d)).Q for _ in range(math.ceil(m / d))]
-        w = torch.cat(blocks)[:m] * torch.randn(m, d).norm(dim=1, keepdim=True)
-        self.register_buffer("w", w)
+        Q, R = torch.linalg.qr(torch.randn(math.ceil(m / d), d, d))
+        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)   # or Q would not be uniform
+        w = Q.flatten(0, 1)[:m] * torch.randn(m, d).norm(dim=1, keepdim=True)
+        self.register_buffer("w", w)                        # (m, d)
 
     def forward(self, q, k, positions):
         d, m = q.size(-1), self.w.size(0)

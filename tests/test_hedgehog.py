@@ -1,0 +1,267 @@
+"""What defines each feature map, and the GPT around it."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, Performer, rotate, softmax_attention,
+                      softmax_attention_weights)
+from kernel import linear_attention_weights
+
+B, H, T, D = 2, 3, 11, 8
+MAPS = list(FEATURE_MAPS)
+ATTENTIONS = ["softmax", *MAPS]
+
+
+def config(attention="hedgehog", **kwargs):
+    return GPTConfig(**{**dict(vocab_size=50, block_size=64, n_layer=2, n_head=H, n_embd=H * D,
+                               attention=attention), **kwargs})
+
+
+def qk(scale=1.0):
+    torch.manual_seed(0)
+    return scale * torch.randn(2, B, H, T, D, dtype=torch.float64)
+
+
+def features(name, q, k, **kwargs):
+    feature_map = FEATURE_MAPS[name](config(name, **kwargs)).double()
+    for p in feature_map.parameters():                      # away from the identity
+        p.data += 0.3 * torch.randn_like(p)
+    phi_q, phi_k = feature_map(q, k, torch.arange(T))
+    return feature_map, phi_q.detach(), phi_k.detach()
+
+
+def model(attention="hedgehog", **kwargs):
+    torch.manual_seed(1)
+    gpt = GPT(config(attention, **kwargs)).double()
+    for p in gpt.blocks.parameters():                       # so that nothing is near uniform
+        p.data += 0.5 * torch.randn_like(p)
+    return gpt
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_weights_are_not_negative(name):
+    _, phi_q, phi_k = features(name, *qk())
+    assert (phi_q @ phi_k.mT >= -1e-12).all()
+
+
+def test_hedgehog_is_two_softmaxes_per_head():
+    q, k = qk()
+    m, phi_q, phi_k = features("hedgehog", q, k)
+    for x, w, phi in ((q, m.w_q, phi_q), (k, m.w_k, phi_k)):
+        for h in range(H):
+            y = x[:, h] @ w[h]
+            expected = torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+            assert torch.allclose(phi[:, h], expected)
+        assert torch.allclose(phi.sum(-1), torch.full_like(phi[..., 0], 2))
+    joint = torch.cat([q @ m.w_q, -q @ m.w_q], dim=-1).softmax(-1)  # one softmax over both halves
+    assert not torch.allclose(linear_attention_weights(joint, phi_k),
+                              linear_attention_weights(phi_q, phi_k), rtol=1e-3)
+
+
+def test_hedgehog_exp_is_exact_and_does_not_overflow():
+    q, k = qk(3.0)
+    m, phi_q, phi_k = features("hedgehog_exp", q, k)
+    h = k @ m.w_k
+    assert torch.allclose(phi_k, torch.cat([h, -h], dim=-1).exp())
+    h = q @ m.w_q
+    raw = linear_attention_weights(torch.cat([h, -h], dim=-1).exp(), phi_k)
+    assert torch.allclose(linear_attention_weights(phi_q, phi_k), raw)
+    q, k = qk(1e3)
+    _, phi_q, phi_k = features("hedgehog_exp", q, k)
+    assert linear_attention_weights(phi_q.float(), phi_k.float()).isfinite().all()
+
+
+@pytest.mark.parametrize("name, f", [
+    ("elu", lambda x: 1 + functional.elu(x)), ("relu", torch.relu),
+    ("t2r", None), ("exp", lambda x: torch.exp(2 * x))])
+def test_elementwise_maps(name, f):
+    q, k = qk()
+    m, phi_q, phi_k = features(name, q, k, exp_temperature=2.0)
+    if name == "t2r":
+        assert torch.allclose(phi_q, torch.relu(q @ m.w_q + m.b_q))
+        assert torch.allclose(phi_k, torch.relu(k @ m.w_k + m.b_k))
+    else:
+        assert torch.allclose(phi_k, f(k))
+        assert torch.allclose(linear_attention_weights(phi_q, phi_k),
+                              linear_attention_weights(f(q), f(k)))
+
+
+def test_elu_does_not_cancel_in_bf16():
+    x = torch.tensor([[-8.0]], dtype=torch.bfloat16)
+    phi = FEATURE_MAPS["elu"](config("elu")).phi(x)
+    assert abs(phi.item() / math.exp(-8) - 1) < 0.01
+
+
+def test_performer_expectation():
+    """E[phi(q).phi(k)] = exp(q.k / sqrt d): many draws give softmax's weights."""
+    torch.manual_seed(0)
+    q, k = 0.5 * torch.randn(2, 1, 1, 6, D, dtype=torch.float64)
+    phi_q, phi_k = Performer(config("performer"), m=200_000).double()(q, k, None)
+    a = linear_attention_weights(phi_q, phi_k)
+    assert (a - softmax_attention_weights(q, k)).abs().max() < 0.01
+    few = Performer(config("performer"), m=8).double()
+    b = linear_attention_weights(*few(q, k, None))
+    assert (b - softmax_attention_weights(q, k)).abs().max() > 0.01
+    w = few.w / few.w.norm(dim=1, keepdim=True)
+    assert torch.allclose(w @ w.T, torch.eye(8, dtype=torch.float64), atol=1e-6)
+
+
+def test_cosformer_weighs_by_distance():
+    q, k = qk()
+    _, phi_q, phi_k = features("cosformer", q, k)
+    i = torch.arange(T, dtype=torch.float64)
+    distance = (math.pi / (2 * 64) * (i[:, None] - i)).cos()
+    assert torch.allclose(phi_q @ phi_k.mT, q.relu() @ k.relu().mT * distance, atol=1e-6)
+
+
+def test_taylor_is_the_second_order_expansion():
+    q, k = qk()
+    _, phi_q, phi_k = features("taylor", q, k)
+    s = q @ k.mT / math.sqrt(D)
+    assert torch.allclose(phi_q @ phi_k.mT, 1 + s + s ** 2 / 2)
+    assert phi_q.size(-1) == 1 + D + D * D
+
+
+def test_softmax_attention_fast_path_is_the_definition():
+    q, k = qk()
+    v = torch.randn_like(q)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[1, 6:] = False
+    for causal in (True, False):
+        for key_mask in (None, mask):
+            a = softmax_attention_weights(q, k, causal, key_mask)
+            assert torch.allclose(a.sum(-1), torch.ones_like(a[..., 0]))
+            assert torch.allclose(softmax_attention(q, k, v, causal, key_mask), a @ v)
+    one = softmax_attention(q[:, :, -1:], k, v)             # a query that stands last
+    assert torch.allclose(one, softmax_attention(q, k, v)[:, :, -1:])
+
+
+def test_rotary_depends_on_distance_only():
+    q, k = qk()
+    q, k = q[:, :, :1], k[:, :, :1]
+
+    def dot(i, j):
+        return (rotate(q, torch.tensor([i])) * rotate(k, torch.tensor([j]))).sum(-1)
+    assert torch.allclose(dot(3, 1), dot(45, 43), atol=1e-5)
+    assert not torch.allclose(dot(3, 1), dot(3, 2), atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_model_is_causal(attention, position):
+    gpt = model(attention, position=position)
+    idx = torch.randint(0, 50, (2, 40))
+    other = idx.clone()
+    other[:, 23] += 1
+    other %= 50
+    a, b = gpt(idx)[0], gpt(other)[0]
+    assert a.shape == (2, 40, 50)
+    assert torch.allclose(a[:, :23], b[:, :23], atol=1e-12)
+    assert not torch.allclose(a[:, 23:], b[:, 23:], atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_generation_equals_running_the_whole_prefix(attention, position):
+    gpt = model(attention, position=position)
+    idx = torch.randint(0, 50, (2, 25))
+    whole, _ = gpt.hidden(idx)
+    x, caches = gpt.hidden(idx[:, :5], [None] * 2)          # the prompt at once, the rest by steps
+    steps = [x]
+    for t in range(5, 25):
+        x, caches = gpt.hidden(idx[:, t:t + 1], caches, start=t)
+        steps.append(x)
+    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-9)
+
+    tokens = idx[:, :5]
+    for _ in range(20):
+        tokens = torch.cat([tokens, gpt(tokens)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(gpt.generate(idx[:, :5], 20, temperature=0), tokens)
+
+
+def test_generation_past_the_training_length():
+    prompt = torch.randint(0, 50, (1, 5))
+    rotary = model(position="rotary")
+    assert rotary.generate(prompt, 80, temperature=0).shape == (1, 85)
+    for gpt in (model(), model("cosformer", position="rotary")):
+        with pytest.raises(ValueError, match="rotary"):
+            gpt.generate(prompt, 80)
+
+
+def test_linear_state_is_constant_and_softmax_cache_grows():
+    def sizes(attention):
+        gpt, out = model(attention), []
+        for n in (10, 20):
+            _, caches = gpt.hidden(torch.zeros(1, n, dtype=torch.long), [None] * 2)
+            out.append(sum(t.numel() for cache in caches for t in cache))
+        return out
+    assert sizes("hedgehog") == [2 * H * 2 * D * (D + 1)] * 2
+    assert sizes("softmax") == [2 * 2 * H * D * n for n in (10, 20)]
+
+
+def test_sampling():
+    gpt = model()
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    torch.manual_seed(0)
+    many = gpt.generate(idx.repeat(500, 1), 1, top_k=3)[:, 1]
+    likeliest = gpt(idx)[0][0, -1].topk(3).indices
+    assert set(many.tolist()) == set(likeliest.tolist())
+    gpt.train()
+    gpt.generate(idx, 1)
+    assert gpt.training
+
+
+def test_initialisation():
+    gpt = GPT(GPTConfig(vocab_size=1000, n_layer=8))
+    for name, p in gpt.named_parameters():
+        if "feature_map" in name:
+            assert torch.equal(p, torch.eye(64).expand(12, 64, 64)), name
+        elif p.dim() == 2:
+            residual = name.endswith("attn.proj.weight") or name.endswith("mlp.2.weight")
+            assert abs(p.std() / (0.02 / (4 if residual else 1)) - 1) < 0.02, name
+    assert gpt.lm_head.weight is gpt.wte.weight
+    loss = gpt(torch.randint(0, 1000, (1, 100)), torch.randint(0, 1000, (1, 100)))[1]
+    assert abs(loss - math.log(1000)) < 0.5
+
+
+def test_gpt2_has_124m_parameters():
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(attention="softmax"))
+    assert sum(p.numel() for p in gpt.parameters()) == 124_439_808
+
+
+def test_weight_decay_is_for_matrices():
+    gpt = model("t2r")
+    decay, rest = ({id(p) for p in group["params"]} for group in gpt.parameter_groups(0.1))
+    for name, p in gpt.named_parameters():
+        matrix = p.dim() == 2 and "feature_map" not in name
+        assert (id(p) in decay) == matrix and (id(p) in rest) != matrix, name
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_parameter_gets_a_gradient(attention):
+    gpt = model(attention)
+    gpt(torch.randint(0, 50, (2, 64)), torch.randint(0, 50, (2, 64)))[1].backward()
+    for name, p in gpt.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+
+
+def test_loss_counts_the_targets_that_are_not_masked():
+    gpt = model()
+    idx, targets = torch.randint(0, 50, (2, 2, 9))
+    logits, loss = gpt(idx, targets)
+    assert torch.allclose(loss, functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    targets[:, :-1] = -1
+    last = functional.cross_entropy(logits[:, -1], targets[:, -1])
+    assert torch.allclose(gpt(idx, targets)[1], last)
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    (dict(attention="soft"), "not one of"), (dict(n_head=5), "not a multiple"),
+    (dict(position="none"), "learned"), (dict(position="rotary", n_embd=9), "even")])
+def test_impossible_configurations(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        config(**kwargs)

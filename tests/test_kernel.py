@@ -1,0 +1,106 @@
+"""The forms of linear attention against the T x T definition in float64."""
+
+import pytest
+import torch
+
+from hedgehog import FEATURE_MAPS, GPTConfig
+from kernel import (chunked_linear_attention, linear_attention_weights, naive_linear_attention,
+                    recurrent_linear_attention)
+
+LENGTHS = [1, 15, 16, 17, 63, 65, 130]
+
+
+def features(name, T, B=2, H=3, d=4):
+    """phi_q, phi_k, v in float64 as the map called name makes them."""
+    torch.manual_seed(T)
+    config = GPTConfig(n_head=H, n_embd=H * d, block_size=256, attention=name)
+    q, k, v = torch.randn(3, B, H, T, d, dtype=torch.float64)
+    phi_q, phi_k = FEATURE_MAPS[name](config).double()(q, k, torch.arange(T))
+    return phi_q.detach(), phi_k.detach(), v
+
+
+def error(x, reference):
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_three_forms_agree(name, T):
+    phi_q, phi_k, v = features(name, T)
+    y = naive_linear_attention(phi_q, phi_k, v)
+    chunked, state = chunked_linear_attention(phi_q, phi_k, v, chunk=16)
+    recurrent, last = recurrent_linear_attention(phi_q, phi_k, v)
+    assert error(chunked, y) < 1e-10
+    assert error(recurrent, y) < 1e-10
+    for a, b in zip(state, last):
+        assert error(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("form", [chunked_linear_attention, recurrent_linear_attention])
+@pytest.mark.parametrize("cut", [1, 16, 37])
+def test_state_carries_on(form, cut):
+    x = features("hedgehog", 65)
+    first, state = chunked_linear_attention(*(t[:, :, :cut] for t in x), chunk=16)
+    second, _ = form(*(t[:, :, cut:] for t in x), state=state)
+    assert error(torch.cat([first, second], dim=2), naive_linear_attention(*x)) < 1e-10
+
+
+def test_bidirectional_and_padding():
+    phi_q, phi_k, v = features("hedgehog", 20)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 13:] = False
+    for causal in (False, True):
+        y = naive_linear_attention(phi_q, phi_k, v, causal, mask)
+        chunked, _ = chunked_linear_attention(phi_q, phi_k, v, causal, mask, chunk=8)
+        assert error(chunked, y) < 1e-10
+        short = naive_linear_attention(*(t[:1, :, :13] for t in (phi_q, phi_k, v)), causal)
+        assert error(y[:1, :, :13], short) < 1e-10          # as if the padding were not there
+    state = chunked_linear_attention(*(t[:, :, :7] for t in (phi_q, phi_k, v)), causal=False)[1]
+    rest, _ = chunked_linear_attention(phi_q[:, :, :7], phi_k[:, :, 7:], v[:, :, 7:], causal=False,
+                                       state=state)
+    assert error(rest, naive_linear_attention(phi_q, phi_k, v, causal=False)[:, :, :7]) < 1e-10
+
+
+def test_causal():
+    phi_q, phi_k, v = features("hedgehog", 40)
+    before, _ = chunked_linear_attention(phi_q, phi_k, v, chunk=16)
+    phi_q[:, :, 25], phi_k[:, :, 25], v[:, :, 25] = 7, 7, 7
+    after, _ = chunked_linear_attention(phi_q, phi_k, v, chunk=16)
+    assert torch.equal(before[:, :, :25], after[:, :, :25])
+    assert not torch.equal(before[:, :, 25:], after[:, :, 25:])
+
+
+def test_gradients():
+    x = [t.requires_grad_() for t in features("hedgehog", 21, B=1, H=2)]
+    state = tuple(s.detach().requires_grad_() for s in chunked_linear_attention(*x)[1])
+    assert torch.autograd.gradcheck(
+        lambda *t: chunked_linear_attention(*t[:3], state=t[3:], chunk=8)[0], (*x, *state))
+
+
+def test_weights_are_a_mean():
+    phi_q, phi_k, _ = features("hedgehog", 9)
+    a = linear_attention_weights(phi_q, phi_k)
+    assert torch.allclose(a.sum(-1), torch.ones(2, 3, 9, dtype=torch.float64))
+    assert (a.triu(1) == 0).all() and (a >= 0).all()
+
+
+def test_no_match_is_zero_and_not_nan():
+    phi_q, phi_k, v = features("relu", 9)
+    for y in (naive_linear_attention(0 * phi_q, phi_k, v),
+              chunked_linear_attention(0 * phi_q, phi_k, v)[0],
+              recurrent_linear_attention(0 * phi_q, phi_k, v)[0]):
+        assert (y == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_sums_in_fp32(dtype):
+    """Thousands of equal terms: a sum kept in bf16 would stop growing at 256."""
+    one = torch.ones(1, 1, 4096, 1, dtype=dtype)
+    v = torch.linspace(0, 1, 4096).to(dtype).view(1, 1, -1, 1)
+    for form in (chunked_linear_attention, recurrent_linear_attention):
+        y, (S, z) = form(one, one, v)
+        assert y.dtype == dtype and z.dtype == torch.float32
+        assert z.item() == 4096
+        assert abs(y[0, 0, -1].item() - 0.5) < 0.005
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chunked_linear_attention(one, one, v)[1][1].item() == 4096
