@@ -14,6 +14,7 @@ checkpoint.pt, log.jsonl (a line an evaluation) and result.json (also the last l
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -50,9 +51,8 @@ PRESETS = {
                  epochs=100, lr=6e-4, dropout=0.1, eval_every=500),
     # --data recall: minutes on two cores.
     "recall": dict(n_layer=2, n_head=1, n_embd=64, block_size=63, batch_size=32, micro_batch=32,
-                   epochs=40, lr=1e-3, dropout=0.0, eval_every=1250, position="rotary"),
+                   steps=8000, lr=1e-3, dropout=0.0, eval_every=1000, position="rotary"),
 }
-
 
 SPLITS = ("train", "valid", "test")
 WIKITEXT_LINES = {"train": 1_801_350, "valid": 3_760, "test": 4_358}
@@ -117,6 +117,8 @@ class Recall:
         y   . . . . . . 3 . 7 . 9      with its own key -> value table: 20 keys, 20 values
 
     Training predicts every value whose key came before ("." is -1), evaluation the last one only.
+    A training sequence uses from 1 to all 20 of the keys, an evaluation sequence all 20: from the
+    easy ones recall is learned in minutes (without them not even in an hour, see README.md).
     """
     name, tokenizer, vocab_size, keys = "recall", "recall", 40, 20
     sizes = {"train": 10_000, "valid": 2_000, "test": 2_000}
@@ -129,16 +131,19 @@ class Recall:
         for seed, (split, n) in enumerate(self.sizes.items()):
             rng = np.random.default_rng(seed)
             table = rng.integers(self.keys, self.vocab_size, (n, self.keys))
-            keys = rng.integers(0, self.keys, (n, block_size // 2 + 1))
+            own = rng.permuted(np.tile(np.arange(self.keys), (n, 1)), axis=1)
+            count = rng.integers(1, self.keys + 1, (n, 1)) if split == "train" else self.keys
+            keys = np.take_along_axis(own, rng.integers(0, count, (n, block_size // 2 + 1)), axis=1)
             keys[:, -1] = rng.permuted(keys[:, :-1], axis=1)[:, 0]  # ask for a key that came
             values = np.take_along_axis(table, keys, axis=1)
-            self.splits[split] = np.stack([keys, values], axis=2).reshape(n, -1)
+            rows = np.stack([keys, values], axis=2).reshape(n, -1)
+            self.splits[split] = rows.astype(np.uint8)      # key, value, ..., key, value
 
     def examples(self, split, block_size):
         return self.sizes[split]
 
     def batch(self, split, indices, block_size):
-        rows = torch.from_numpy(self.splits[split][indices])
+        rows = torch.from_numpy(self.splits[split][indices].astype(np.int64))
         x, y = rows[:, :-1], rows[:, 1:].clone()
         keys = rows[:, ::2]                                 # (B, pairs)
         ask = (keys.unsqueeze(2) == keys.unsqueeze(1)).tril(-1).any(2)
@@ -261,7 +266,7 @@ def load_wikitext103(tokenizer, data_dir):
                     member = z.read(f"{folder.name}/wiki.{split}.raw")
                     (part / f"wiki.{split}.raw").write_bytes(member)
         except (zipfile.BadZipFile, KeyError):
-            raise UserError(f"{archive} is not the WikiText-103 zip: delete it and start again")
+            raise UserError(f"{archive} is not WikiText-103's zip: delete it and start again")
         part.rename(folder)
     for split, lines in WIKITEXT_LINES.items():
         found = (folder / f"wiki.{split}.raw").read_bytes().count(b"\n")
@@ -350,29 +355,33 @@ class Machine:
         except (RuntimeError, AssertionError) as e:
             raise UserError(f"--device {name}: {str(e).splitlines()[0]}")
         cuda = self.device.type == "cuda"
-        self.precision = precision or ("bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32")
+        bf16 = cuda and torch.cuda.is_bf16_supported()
+        self.precision = precision or ("bf16" if bf16 else "fp32")
         if self.precision == "bf16":                        # what autocast leaves in fp32 uses tf32
             torch.set_float32_matmul_precision("high")
         if self.world > 1:
             if cuda:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
+        name = (torch.cuda.get_device_name(self.device) if cuda
+                else f"{name}, {torch.get_num_threads()} threads")
+        self.name = f"{self.world} x {name}" if self.world > 1 else name
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def sum(self, values):
-        """Element-wise sums of a list of numbers over all processes, as floats."""
-        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    def sum(self, *values):
+        """Each number summed over all processes."""
+        total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             total = total.to(self.device)
             dist.all_reduce(total)
         return total.tolist()
 
-    def __str__(self):
-        name = (torch.cuda.get_device_name(self.device) if self.device.type == "cuda"
-                else f"{self.device.type}, {torch.get_num_threads()} threads")
-        return f"{self.world} x {name}" if self.world > 1 else name
+
+@functools.lru_cache(maxsize=2)
+def shuffle(n, seed, number):
+    return np.random.default_rng((seed, number)).permutation(n)
 
 
 def example_order(step, batch_size, n, seed):
@@ -380,12 +389,8 @@ def example_order(step, batch_size, n, seed):
 
     A function of the step alone, so that a resumed run sees what an uninterrupted one would have.
     """
-    shuffles, order = {}, []
-    for i in range(step * batch_size, (step + 1) * batch_size):
-        if i // n not in shuffles:
-            shuffles[i // n] = np.random.default_rng((seed, i // n)).permutation(n)
-        order.append(int(shuffles[i // n][i % n]))
-    return order
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(shuffle(n, seed, i // n)[i % n]) for i in places]
 
 
 def learning_rate(step, args):
@@ -417,18 +422,19 @@ def backward(model, data, examples, args, machine):
 def evaluate(model, data, split, args, machine):
     """data.figures of the whole split."""
     model.eval()
-    totals = [0.0, 0, 0]                                    # loss, right, targets
+    loss, right, n = 0.0, 0, 0
     mine = range(machine.rank, data.examples(split, args.block_size), machine.world)
     for i in range(0, len(mine), args.micro_batch):
-        x, y = data.batch(split, mine[i:i + args.micro_batch], args.block_size)
-        x, y = x.to(machine.device), y.to(machine.device)
+        x, y = (t.to(machine.device)
+                for t in data.batch(split, mine[i:i + args.micro_batch], args.block_size))
         with machine.autocast():
-            logits, loss = model(x, y)
-        n = int((y >= 0).sum())
-        for j, value in enumerate((float(loss) * n, int((logits.argmax(-1) == y).sum()), n)):
-            totals[j] += value
+            logits, mean = model(x, y)
+        targets = int((y >= 0).sum())
+        loss += float(mean) * targets
+        right += int((logits.argmax(-1) == y).sum())
+        n += targets
     model.train()
-    loss, right, n = machine.sum(totals)
+    loss, right, n = machine.sum(loss, right, n)
     return data.figures(split, loss / n, right / n)
 
 
@@ -448,7 +454,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote: "config", "model", "identity" and what resuming needs."""
+    """What `save` in train() wrote; "config" as a GPTConfig."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "config": GPTConfig(**state["config"])}
@@ -523,61 +529,61 @@ def train(args, data, machine):
     if machine.world == 1:
         signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     n, tokens_per_step = data.examples("train", args.block_size), args.batch_size * args.block_size
-    bar = tqdm(total=args.steps * tokens_per_step, initial=progress["step"] * tokens_per_step,
-               unit="tok", unit_scale=True, disable=machine.rank > 0, desc="train")
-    start = time.perf_counter()
-    while progress["step"] < args.steps:
-        step = progress["step"]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        examples = example_order(step, args.batch_size, n, args.seed)
-        loss = backward(model, data, examples[machine.rank::machine.world], args, machine)
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress["step"] += 1
-        progress["losses"].append(loss)
-        bar.update(tokens_per_step)
-        due = progress["step"] % args.eval_every == 0 or progress["step"] == args.steps
-        if due or interrupted or step % 10 == 0:            # reading a loss waits for the device
-            progress["losses"] = [float(x) for x in progress["losses"]]
-            mean = machine.sum(progress["losses"])
-            bar.set_postfix_str(f"loss {progress['losses'][-1]:.3f}")
-            if not math.isfinite(sum(mean)):
-                raise UserError(f"the loss is not finite at step {progress['step']}: try a lower "
-                                "--lr or --precision fp32; --resume goes on from the last checkpoint")
-        if due:
-            progress["seconds"] += time.perf_counter() - start
-            progress["valid"] = evaluate(compiled, data, "valid", args, machine)
-            line = {"step": progress["step"], "tokens": progress["step"] * tokens_per_step,
-                    "train_loss": sum(mean) / len(mean) / machine.world,
-                    "valid": progress["valid"], "seconds": round(progress["seconds"], 1)}
-            progress["losses"] = []
-            if machine.rank == 0:
-                with open(log, "a") as f:
-                    f.write(json.dumps(line) + "\n")
-                bar.write(f"step {line['step']:>6}  train loss {line['train_loss']:.4f}  valid "
-                          + "  ".join(f"{k} {v:.4f}" for k, v in progress["valid"].items()))
-            save()
-            start = time.perf_counter()
-        elif interrupted:
-            progress["seconds"] += time.perf_counter() - start
-            save()
-        if interrupted and progress["step"] < args.steps:
-            bar.close()
-            again = [a for a in sys.argv if a not in ("--resume", "--overwrite")] + ["--resume"]
-            print(f"saved at step {progress['step']}; go on with: python {shlex.join(again)}")
-            return raw_model, None
-    bar.close()
+    with tqdm(total=args.steps * tokens_per_step, initial=progress["step"] * tokens_per_step,
+              unit="tok", unit_scale=True, disable=machine.rank > 0, desc="train") as bar:
+        start = time.perf_counter()
+        while progress["step"] < args.steps and not interrupted:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress["step"], args)
+            examples = example_order(progress["step"], args.batch_size, n, args.seed)
+            loss = backward(model, data, examples[machine.rank::machine.world], args, machine)
+            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress["losses"].append(loss)
+            progress["step"] += 1
+            bar.update(tokens_per_step)
+            evaluation = (progress["step"] % args.eval_every == 0
+                          or progress["step"] == args.steps)
+            if evaluation or progress["step"] % 10 == 1:    # reading a loss waits for the device
+                losses = progress["losses"] = [float(x) for x in progress["losses"]]
+                mean = machine.sum(sum(losses) / len(losses))[0] / machine.world
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+                if not math.isfinite(mean):
+                    raise UserError(f"the loss is {mean} at step {progress['step']}: try a lower "
+                                    "--lr or --precision fp32, with --resume to go on from the "
+                                    "last checkpoint")
+            if evaluation:
+                progress["seconds"] += time.perf_counter() - start
+                progress["valid"] = evaluate(compiled, data, "valid", args, machine)
+                progress["losses"] = []
+                if machine.rank == 0:
+                    line = {"step": progress["step"], "tokens": progress["step"] * tokens_per_step,
+                            "train_loss": mean, "valid": progress["valid"],
+                            "seconds": round(progress["seconds"], 1)}
+                    with open(log, "a") as f:
+                        f.write(json.dumps(line) + "\n")
+                    bar.write(f"step {line['step']:>6}  train loss {mean:.4f}  valid "
+                              + "  ".join(f"{k} {v:.4f}" for k, v in line["valid"].items()))
+                save()
+                start = time.perf_counter()
+    if progress["step"] < args.steps:
+        progress["losses"] = [float(x) for x in progress["losses"]]
+        progress["seconds"] += time.perf_counter() - start
+        save()
+        again = [a for a in sys.argv if a not in ("--resume", "--overwrite")] + ["--resume"]
+        print(f"stopped and saved at step {progress['step']}; to go on: python "
+              f"{shlex.join(again)}")
+        return raw_model, None
     tokens = progress["step"] * tokens_per_step
     result = {"attention": args.attention, "data": data.name, "tokenizer": data.tokenizer,
-              "parameters": sum(p.numel() for p in raw_model.parameters()),
+              "parameters": count_parameters(raw_model),
               "steps": progress["step"], "tokens": tokens, "valid": progress["valid"]}
     if "test" in data.splits:
         result["test"] = evaluate(compiled, data, "test", args, machine)
     result |= {"seconds": round(progress["seconds"], 1),
                "tokens_per_second": round(tokens / progress["seconds"]),
-               "device": str(machine), "precision": machine.precision, "seed": args.seed,
+               "device": machine.name, "precision": machine.precision, "seed": args.seed,
                "torch": torch.__version__, "python": platform.python_version(),
                "config": asdict(config)}
     return raw_model, result
@@ -586,27 +592,27 @@ def train(args, data, machine):
 def print_header(args, data, machine, model):
     """What is about to happen, and how long a trial micro-batch says that it will take."""
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.splits.items())
-    unit = "sequences" if data.tokenizer == "recall" else f"{data.tokenizer} tokens"
-    print(f"data    {data.name}: {sizes} {unit}")
+    print(f"data    {data.name}, {data.tokenizer}: {sizes}")
     if data.tokenizer == "bytes":
         print(f"        a byte-bigram model needs {bigram_bits_per_byte(data):.3f} bits per byte "
               "of valid")
-    print(f"model   {args.attention} attention, {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters: {args.n_layer} layers, {args.n_head} heads, width {args.n_embd}, context "
-          f"{args.block_size}")
-    micro = list(range(min(args.micro_batch, args.batch_size // machine.world)))
+    print(f"model   {args.attention} attention, {count_parameters(model):,} parameters: "
+          f"{args.n_layer} layers, {args.n_head} heads, width {args.n_embd}, "
+          f"context {args.block_size}")
+    trial = list(range(min(args.micro_batch, args.batch_size // machine.world)))
     for _ in range(2):                                      # the first one warms up
-        begin = time.perf_counter()
-        with torch.random.fork_rng():
-            float(backward(model, data, micro, args, machine))
-        seconds = time.perf_counter() - begin
+        start = time.perf_counter()
+        with torch.random.fork_rng():                       # leaves dropout's numbers alone
+            float(backward(model, data, trial, args, machine))
+        seconds = (time.perf_counter() - start) / len(trial) / machine.world
     model.zero_grad(set_to_none=True)
-    rate = len(micro) * args.block_size / seconds * machine.world
-    tokens = args.steps * args.batch_size * args.block_size
-    print(f"device  {machine}, {machine.precision}")
-    print(f"budget  {args.steps:,} steps of {args.batch_size * args.block_size:,} tokens, "
-          f"{tokens / 1e6:,.1f} M in all; about {tokens / rate / 60:,.1f} minutes of training",
-          flush=True)
+    print(f"device  {machine.name}, {machine.precision}")
+    print(f"budget  {args.steps:,} steps of {args.batch_size * args.block_size:,} tokens; about "
+          f"{args.steps * args.batch_size * seconds / 60:,.1f} minutes of training", flush=True)
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def encode(tokenizer, text):
@@ -640,7 +646,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text):
+    """Whole and above 0."""
     if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def amount(text):
+    """Not negative."""
+    if not (value := float(text)) >= 0:
         raise ValueError
     return value
 
@@ -654,7 +668,7 @@ def parse_args(argv=None):
                    help="for text of your own; gpt2 for files named wiki.*, else bytes")
     p.add_argument("--attention", default="hedgehog", choices=["softmax", *FEATURE_MAPS],
                    help="softmax or a feature map (%(default)s)")
-    p.add_argument("--exp-temperature", type=float, default=1.0, help="t of exp(t x) (%(default)s)")
+    p.add_argument("--exp-temperature", type=amount, default=1.0, help="t of exp (%(default)s)")
     p.add_argument("--position", choices=["learned", "rotary"], help="positions (preset)")
     p.add_argument("--preset", choices=[name for name in PRESETS if name != "recall"],
                    help="tiny (default without a GPU), small, or gpt2 (default with one): sets "
@@ -662,16 +676,16 @@ def parse_args(argv=None):
     for name, kind, text in (
             ("n-layer", positive, "blocks"), ("n-head", positive, "heads of a block"),
             ("n-embd", positive, "width"), ("block-size", positive, "context in tokens"),
-            ("dropout", float, "on embeddings and block outputs"),
+            ("dropout", amount, "on embeddings and block outputs"),
             ("batch-size", positive, "sequences of one step, over all GPUs"),
             ("micro-batch", positive, "sequences at once on a GPU; changes memory, not results"),
-            ("steps", positive, "optimizer steps"), ("lr", float, "peak learning rate"),
-            ("epochs", float, "passes over the data, instead of --steps"),
+            ("steps", positive, "optimizer steps"), ("lr", amount, "peak learning rate"),
+            ("epochs", amount, "passes over the data, instead of --steps"),
             ("eval-every", positive, "steps between evaluations, each with a checkpoint")):
         p.add_argument(f"--{name}", type=kind, help=f"{text} (preset)")
-    p.add_argument("--warmup", type=float, default=0.02, help="share of steps (%(default)s)")
-    p.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (%(default)s)")
-    p.add_argument("--grad-clip", type=float, default=1.0, help="gradient norm (%(default)s)")
+    p.add_argument("--warmup", type=amount, default=0.02, help="share of steps (%(default)s)")
+    p.add_argument("--weight-decay", type=amount, default=0.1, help="of matrices (%(default)s)")
+    p.add_argument("--grad-clip", type=amount, default=1.0, help="gradient norm (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of weights and data order (%(default)s)")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 where the GPU has it")
@@ -681,7 +695,7 @@ def parse_args(argv=None):
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     p.add_argument("--sample", metavar="PROMPT", help="continue PROMPT with the model in --out")
     p.add_argument("--sample-tokens", type=positive, default=200, help="how many (%(default)s)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
+    p.add_argument("--temperature", type=amount, default=0.8, help="0 is greedy (%(default)s)")
     p.add_argument("--top-k", type=positive, default=50, help="sample among these (%(default)s)")
     args = p.parse_args(argv)
     gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
@@ -697,9 +711,8 @@ def parse_args(argv=None):
     return args
 
 
-def main():
-    args = parse_args()
-    machine = None
+def main(argv=None):
+    args = parse_args(argv)
     try:
         machine = Machine(args.device, args.precision)
         if args.sample is not None:

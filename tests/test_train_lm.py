@@ -1,0 +1,416 @@
+"""train_lm.py from its command line: every kind of data, resuming, several processes, errors."""
+
+import http.server
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import train_lm
+from hedgehog import FEATURE_MAPS
+
+SCRIPT = Path(train_lm.__file__)
+TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --micro-batch 2 "
+        "--steps 6 --eval-every 2 --sample-tokens 5").split()
+LINES = "".join(f"line {i} of {i * i % 97} words\n" for i in range(400))
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def text():
+    Path("text.txt").write_text(LINES)
+    return "text.txt"
+
+
+@pytest.fixture
+def small_bpe(monkeypatch):
+    """A real tiktoken encoding that needs no download: the 256 bytes and two merges."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"li": 256, b"ne": 257}
+    encoding = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
+                                 special_tokens={})
+    monkeypatch.setattr(train_lm, "gpt2_encoding", lambda: encoding)
+
+
+def run(capsys, *args):
+    """Runs main; returns the exit code, standard output and standard error."""
+    capsys.readouterr()
+    try:
+        code = train_lm.main([str(a) for a in args])
+    except SystemExit as e:
+        code = e.code
+    return code, *capsys.readouterr()
+
+
+def result(capsys, *args):
+    code, out, err = run(capsys, *args)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def failure(capsys, *args):
+    """The one line that a user error prints."""
+    code, out, err = run(capsys, *args)
+    assert code == 2
+    line = err.splitlines()[-1]
+    assert "error: " in line and len([x for x in err.splitlines() if "rror" in x]) == 1
+    return line
+
+
+def log(out):
+    """The log without the times."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_text_file(capsys, text):
+    code, out, err = run(capsys, "--data", text, "--out", "o", *TINY)
+    assert code == 0 and "train: 100%" in err
+    assert "bytes" in out and "sample" in out
+    r = json.loads(out.splitlines()[-1])
+    assert r == json.loads(Path("o/result.json").read_text())
+    assert r["tokens"] == 6 * 4 * 16 and r["steps"] == 6 and r["attention"] == "hedgehog"
+    assert [line["step"] for line in log("o")] == [2, 4, 6]
+    assert log("o")[-1]["valid"] == r["valid"]
+    assert {"seconds", "tokens_per_second", "device", "torch", "seed", "test"} <= set(r)
+    data = train_lm.load_path(Path(text), None, Path("data"))
+    assert b"".join(data.splits[s].tobytes() for s in train_lm.SPLITS) == LINES.encode()
+    assert abs(len(data.splits["valid"]) / len(LINES) - 0.05) < 0.01
+
+
+def test_figures_cover_the_whole_split(capsys, text):
+    """Perplexity and bits per byte against a sum over the split token by token."""
+    r = result(capsys, "--data", text, "--out", "o", *TINY)
+    state = train_lm.load_checkpoint(Path("o/checkpoint.pt"))
+    gpt = train_lm.GPT(state["config"])
+    gpt.load_state_dict(state["model"])
+    tokens = train_lm.load_path(Path(text), None, Path("data")).splits["valid"].astype(np.int64)
+    tokens, nats = torch.from_numpy(tokens), []
+    for i in range(0, len(tokens) - 1, 16):
+        window = tokens[i:i + 17]
+        logits = gpt(window[None, :-1])[0][0].log_softmax(-1)
+        nats += (-logits.gather(1, window[1:, None])).flatten().tolist()
+    assert len(nats) == len(tokens) - 1
+    assert r["valid"]["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert r["valid"]["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+    assert r["valid"]["bits_per_byte"] == pytest.approx(sum(nats) / np.log(2) / len(tokens),
+                                                        rel=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["wiki.{}.raw", "wiki.{}.tokens", "{}.txt"])
+def test_folder_of_text(capsys, small_bpe, pattern):
+    Path("d").mkdir()
+    for split in ("train", "valid"):                        # a test split is not needed
+        (Path("d") / pattern.format(split)).write_text(LINES)
+    r = result(capsys, "--data", "d", "--out", "o", *TINY)
+    assert "test" not in r
+    if pattern == "{}.txt":
+        assert r["tokenizer"] == "bytes"
+        return
+    assert r["tokenizer"] == "gpt2" and "perplexity_per_word" in r["valid"]
+    cached, = Path("data/tokens").iterdir()
+    before = (cached / "train.bin").stat().st_mtime_ns
+    tokens = np.fromfile(cached / "train.bin", np.uint16)
+    assert train_lm.gpt2_encoding().decode(tokens.tolist()) == LINES and tokens.max() == 257
+    words = r["valid"]["perplexity_per_word"]
+    assert np.log(words) == pytest.approx(r["valid"]["loss"] * (len(tokens) - 1)
+                                          / len(LINES.split()))
+    result(capsys, "--data", "d", "--out", "o", "--overwrite", *TINY)
+    assert (cached / "train.bin").stat().st_mtime_ns == before
+
+
+def test_folder_of_bins(capsys, small_bpe):
+    Path("d").mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid", "test"):
+        rng.integers(0, 258, 1000).astype(np.uint16).tofile(f"d/{split}.bin")
+    Path("d/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 258,
+                                               "valid": {"words": 200, "bytes": 4000}}))
+    r = result(capsys, "--data", "d", "--out", "o", *TINY)
+    assert r["config"]["vocab_size"] == 258 and "bits_per_byte" in r["valid"]
+    Path("d/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 256}))
+    assert "vocabulary ends at 255" in failure(capsys, "--data", "d", "--out", "p", *TINY)
+    Path("d/valid.bin").write_bytes(b"")
+    assert "valid.bin is empty" in failure(capsys, "--data", "d", "--out", "p", *TINY)
+    Path("d/meta.json").unlink()
+    assert "meta.json" in failure(capsys, "--data", "d", "--out", "p", *TINY)
+
+
+def test_stdlib(capsys):
+    code, out, _ = run(capsys, "--data", "stdlib", "--out", "o", *TINY[:-6], "--steps", 2,
+                       "--eval-every", 2, "--block-size", 64, "--micro-batch", 64)
+    assert code == 0 and "byte-bigram" in out
+    a, b = (train_lm.load_stdlib(None, None).splits for _ in range(2))
+    assert {k: len(v) for k, v in a.items()} == {k: len(v) for k, v in b.items()}
+    assert len(a["train"]) > 50 * len(a["valid"]) * 0.3 and len(a["test"]) > 10_000
+
+
+def test_bigram_baseline():
+    raw = {"train": b"abab" * 1000, "valid": b"abababab"}
+    data = train_lm.from_raw("x", "bytes", raw, None)
+    bits = train_lm.bigram_bits_per_byte(data)
+    a, b = -np.log2(2001 / 2256), -np.log2(2000 / 2255)    # after a, after b, with add-one counts
+    assert bits == pytest.approx((4 * a + 3 * b) / 7)
+
+
+def test_recall_task():
+    data = train_lm.Recall(63)
+    x, y = data.batch("train", [0, 1, 2], 63)
+    for keys_values, targets in zip(x.tolist(), y.tolist()):
+        table = {}
+        for t in range(0, 63, 2):
+            key = keys_values[t]
+            assert 0 <= key < 20 and targets[t] == table.get(key, -1)
+            if t + 1 < 63:
+                assert targets[t + 1] == -1
+                assert table.setdefault(key, keys_values[t + 1]) == keys_values[t + 1]
+    _, y = data.batch("valid", range(100), 63)
+    assert (y[:, :-1] == -1).all() and (y[:, -1] >= 20).all()
+    assert not np.array_equal(data.splits["valid"], data.splits["test"])
+
+
+@pytest.mark.parametrize("attention", ["softmax", *FEATURE_MAPS])
+def test_recall_with_every_attention(capsys, attention, monkeypatch):
+    monkeypatch.setattr(train_lm.Recall, "sizes", {"train": 40, "valid": 20, "test": 20})
+    r = result(capsys, "--data", "recall", "--attention", attention, "--out", "o", "--steps", 2,
+               "--block-size", 15)
+    assert 0 <= r["test"]["accuracy"] <= 1
+
+
+def test_recall_is_learned(capsys, monkeypatch):
+    monkeypatch.setattr(train_lm.Recall, "keys", 2)
+    monkeypatch.setattr(train_lm.Recall, "vocab_size", 4)
+    r = result(capsys, "--data", "recall", "--out", "o", "--steps", 400, "--block-size", 9,
+               "--n-head", 2, "--lr", 3e-3)
+    assert r["test"]["accuracy"] > 0.9               # guessing is right half of the time
+
+
+# --- WikiText-103's download ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def wikitext(monkeypatch):
+    """A small zip with the real one's layout behind a local server: /whole, /cut, /missing."""
+    with zipfile.ZipFile("w.zip", "w") as z:
+        for split in train_lm.SPLITS:
+            z.writestr(f"wikitext-103-raw/wiki.{split}.raw", LINES)
+    whole = Path("w.zip").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/missing" or "urllib" in self.headers["User-Agent"]:
+                return self.send_error(403)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole[:100] if self.path == "/cut" else whole)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(train_lm, "WIKITEXT_LINES", dict.fromkeys(train_lm.SPLITS, 400))
+
+    def use(*paths):
+        urls = [f"http://127.0.0.1:{server.server_port}/{path}" for path in paths]
+        monkeypatch.setattr(train_lm, "WIKITEXT_URLS", urls)
+    yield use
+    server.shutdown()
+
+
+def test_wikitext_second_mirror(capsys, wikitext, small_bpe):
+    wikitext("missing", "cut", "whole")
+    r = result(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+    assert r["data"] == "wikitext-103-raw" and r["tokenizer"] == "gpt2"
+    wikitext("missing")                                     # what is there is not fetched again
+    result(capsys, "--data", "wikitext103", "--out", "o2", *TINY)
+    assert not [p for p in Path("data").rglob("*.part*")]
+
+
+def test_wikitext_not_to_be_had(capsys, wikitext):
+    wikitext("missing", "cut")
+    line = failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+    assert "wikitext-103-raw-v1.zip" in line and "--data stdlib" in line
+    assert not list(Path("data").iterdir()) and not Path("o").exists()
+
+
+def test_wikitext_zip_that_is_there(capsys, wikitext, small_bpe):
+    Path("data").mkdir()
+    Path("w.zip").rename("data/wikitext-103-raw-v1.zip")
+    wikitext("missing")
+    result(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+    with open("data/wikitext-103-raw/wiki.valid.raw", "a") as f:
+        f.write("one more\n")
+    assert "401 lines" in failure(capsys, "--data", "wikitext103", "--out", "p", *TINY)
+
+
+def test_wikitext_broken_zip(capsys, wikitext):
+    Path("data").mkdir()
+    Path("data/wikitext-103-raw-v1.zip").write_bytes(b"PK no zip")
+    assert "delete it" in failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+
+
+# --- stopping and going on ------------------------------------------------------------------------
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for_lines(path, n, process):
+    while not (Path(path).exists() and Path(path).read_text().count("\n") >= n):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+LONG = [*TINY[:-6], "--steps", "60", "--eval-every", "5", "--dropout", "0.1", "--data", "text.txt"]
+
+
+def test_resume_after_kill_is_the_uninterrupted_run(capsys, text):
+    result(capsys, *LONG, "--out", "whole")
+    process = start(*LONG, "--out", "killed")
+    wait_for_lines("killed/log.jsonl", 4, process)
+    process.kill()
+    process.wait()
+    assert not Path("killed/result.json").exists()
+    with open("killed/log.jsonl", "a") as f:                # logged, but not in the checkpoint
+        f.write(json.dumps({"step": 59, "train_loss": 0.0}) + "\n")
+    result(capsys, *LONG, "--out", "killed", "--resume")
+    assert log("killed") == log("whole")                    # to the last bit
+    a, b = (train_lm.load_checkpoint(Path(out) / "checkpoint.pt")["model"]
+            for out in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(capsys, text):
+    result(capsys, *LONG, "--out", "whole")
+    process = start(*LONG, "--out", "stopped")
+    wait_for_lines("stopped/log.jsonl", 2, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    command = out.splitlines()[-1].split("to go on: python ")[1].split()
+    assert command[-1] == "--resume"
+    assert subprocess.run([sys.executable, *command], capture_output=True).returncode == 0
+    assert log("stopped") == log("whole")
+
+
+def test_batches_do_not_depend_on_where_a_run_was_cut():
+    orders = [train_lm.example_order(step, 4, 10, seed=0) for step in range(5)]
+    flat = sum(orders, [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))    # each pass sees them all
+    assert flat[:10] != flat[10:]
+
+
+def test_checkpoint_errors(capsys, text):
+    result(capsys, "--data", text, "--out", "o", *TINY)
+    before = Path("o/checkpoint.pt").read_bytes()
+    assert "--overwrite" in failure(capsys, "--data", text, "--out", "o", *TINY)
+    line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume", "--n-layer", 2)
+    assert "checkpoint.pt has n_layer 1, this run has 2" in line
+    line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume", "--attention", "elu")
+    assert "hedgehog" in line
+    assert Path("o/checkpoint.pt").read_bytes() == before
+    Path("o/checkpoint.pt").write_bytes(before[:len(before) // 2])
+    line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume")
+    assert "o/checkpoint.pt is cut off" in line
+    assert "no checkpoint" in failure(capsys, "--data", text, "--out", "p", *TINY, "--resume")
+
+
+def test_full_disk_keeps_the_checkpoint_before(text):
+    """A limit on file size fails a write as a full disk does."""
+    base = [*TINY, "--data", text, "--out", "o"]
+    assert start(*base).wait() == 0
+    before = Path("o/checkpoint.pt").read_bytes()
+    process = start(*base, "--steps", 8, "--resume", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "cannot write o/checkpoint.pt" in err.splitlines()[-1]
+    assert Path("o/checkpoint.pt").read_bytes() == before
+    assert not list(Path("o").glob("*.part"))
+
+
+def test_sample_from_a_checkpoint(capsys, text):
+    result(capsys, "--data", text, "--out", "o", *TINY)
+    code, out, _ = run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)
+    assert code == 0 and out.startswith("line 7")
+    assert run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)[1] == out
+    assert "at most 15" in failure(capsys, "--out", "o", "--sample", "x" * 16)
+
+
+# --- several processes, errors --------------------------------------------------------------------
+
+
+def test_two_processes_give_the_losses_of_one(capsys, text):
+    args = ["--data", text, *TINY]
+    result(capsys, *args, "--out", "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT,
+                    *args, "--out", "two"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                   capture_output=True)
+    one, two = log("one"), log("two")
+    assert [line["step"] for line in two] == [2, 4, 6]
+    for a, b in zip(one, two):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["valid"] == pytest.approx(b["valid"], rel=1e-5)
+
+
+def test_accumulation_gives_the_losses_of_one_batch(capsys, text):
+    args = ["--data", text, *TINY]
+    result(capsys, *args, "--out", "one")
+    result(capsys, *args, "--out", "two", "--micro-batch", 4)
+    for a, b in zip(log("one"), log("two")):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--steps 0", "--steps"), ("--steps x", "--steps"), ("--lr -1", "--lr"),
+    ("--attention linear", "--attention"),
+    ("--steps 3 --epochs 2", "one of them"),
+    ("--n-head 3", "n_embd 16 is not a multiple of n_head 3"),
+    ("--device tpu9", "--device tpu9"),
+    ("--data nowhere", "nowhere is neither"),
+    ("--data recall --block-size 16", "must be odd"),
+    ("--block-size 20000", "smaller --block-size"),
+    ("--tokenizer gpt2 --data text.txt", "TIKTOKEN_CACHE_DIR"),
+])
+def test_one_clear_line_and_exit_code_2(capsys, text, monkeypatch, args, words):
+    def offline(name):
+        raise ConnectionError
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    assert words in failure(capsys, "--data", text, *TINY[:-6], *args.split())
+    assert not Path("out").exists() or not list(Path("out").rglob("*.pt"))
+
+
+def test_empty_and_incomplete_data(capsys):
+    Path("empty.txt").write_text("")
+    assert "train split has 0 tokens" in failure(capsys, "--data", "empty.txt", *TINY)
+    Path("d").mkdir()
+    Path("d/train.txt").write_text(LINES)
+    assert "found only train" in failure(capsys, "--data", "d", *TINY)
+
+
+def test_every_option_has_a_help_text(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    parser_lines = out[out.index("options:"):]
+    for option in ("--data", "--resume", "--micro-batch", "--exp-temperature", "--top-k"):
+        assert option in parser_lines
