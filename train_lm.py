@@ -44,10 +44,10 @@ PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=16, micro_batch=16,
                  steps=500, lr=2e-3, dropout=0.0, eval_every=125),
     # One GPU: minutes. One pass over the data.
-    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, batch_size=64, micro_batch=64,
+    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, batch_size=64, micro_batch=16,
                   epochs=1, lr=1e-3, dropout=0.0, eval_every=200),
     # The paper's WikiText-103 model. The budget is that of the same lab's recipe (H3, Hyena).
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=512, micro_batch=32,
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=512, micro_batch=16,
                  epochs=100, lr=6e-4, dropout=0.1, eval_every=500),
     # --data recall: minutes on two cores.
     "recall": dict(n_layer=2, n_head=1, n_embd=64, block_size=63, batch_size=32, micro_batch=32,
@@ -424,7 +424,8 @@ def evaluate(model, data, split, args, machine):
     model.eval()
     loss, right, n = 0.0, 0, 0
     mine = range(machine.rank, data.examples(split, args.block_size), machine.world)
-    for i in range(0, len(mine), args.micro_batch):
+    for i in tqdm(range(0, len(mine), args.micro_batch), desc=split, leave=False,
+                  disable=machine.rank > 0):
         x, y = (t.to(machine.device)
                 for t in data.batch(split, mine[i:i + args.micro_batch], args.block_size))
         with machine.autocast():
