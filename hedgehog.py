@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kernel import chunked_linear_attention, linear_attention_weights, recurrent_step
+from kernel import (chunked_linear_attention, hedgehog_attention, hedgehog_features,
+                    recurrent_step)
 
 
 @dataclass
@@ -80,6 +81,10 @@ class FeatureMap(nn.Module):
     def forward(self, q, k, positions):
         return self.phi(q), self.phi(k)
 
+    def attend(self, q, k, v, positions, state=None):
+        """Causal linear attention with these features: y (B, H, T, d), the state after them."""
+        return chunked_linear_attention(*self(q, k, positions), v, state=state)
+
 
 def identity_per_head(config):
     """(H, d, d): each head's map starts as the identity (Appendix A)."""
@@ -103,11 +108,11 @@ class Hedgehog(FeatureMap):
         self.w_k = identity_per_head(config)
 
     def forward(self, q, k, positions):
-        return self.phi(q, self.w_q), self.phi(k, self.w_k)
+        return hedgehog_features(q, self.w_q), hedgehog_features(k, self.w_k)
 
-    def phi(self, x, w):
-        h = x @ w                                           # (B, H, T, d)
-        return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)     # (B, H, T, 2d)
+    def attend(self, q, k, v, positions, state=None):
+        """The same numbers as FeatureMap.attend, on a GPU from fused kernels."""
+        return hedgehog_attention(q, k, v, self.w_q, self.w_k, state)
 
 
 def exp_features(q, k):
@@ -120,8 +125,12 @@ def exp_features(q, k):
     return q.exp(), k.clamp(max=60).exp()
 
 
-class HedgehogExp(Hedgehog):
+class HedgehogExp(FeatureMap):
     """phi(x) = [exp(x W), exp(-x W)]: the paper's equation in the main text, section 4."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.w_q, self.w_k = identity_per_head(config), identity_per_head(config)
 
     def forward(self, q, k, positions):
         q, k = q @ self.w_q, k @ self.w_k
@@ -298,12 +307,12 @@ class Attention(nn.Module):
                 k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
             y, cache = softmax_attention(q, k, v), (k, v)
         else:
-            phi_q, phi_k = self.feature_map(q, k, positions)
-            if x.size(1) == 1:
-                y, cache = recurrent_step(phi_q[:, :, 0], phi_k[:, :, 0], v[:, :, 0], cache)
+            if x.size(1) == 1:                              # a step of generation
+                phi_q, phi_k = self.feature_map(q, k, positions)
+                y, cache = recurrent_step(phi_q.squeeze(2), phi_k.squeeze(2), v.squeeze(2), cache)
                 y = y.unsqueeze(2)
             else:
-                y, cache = chunked_linear_attention(phi_q, phi_k, v, state=cache)
+                y, cache = self.feature_map.attend(q, k, v, positions, cache)
         return self.proj(y.transpose(1, 2).flatten(2)), cache
 
 

@@ -1,0 +1,324 @@
+"""The kernels against the definition in float64: in Triton's interpreter on a CPU, with tiles so
+small that small inputs cross their edges, and compiled on a GPU if there is one."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from kernel import (EPS, chunked_linear_attention, hedgehog_attention, hedgehog_features,
+                    linear_attention, naive_linear_attention)
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+interpreted = pytest.mark.skipif(GPU, reason="tiles this small are for the interpreter")
+TINY = dict(chunk=16, segment=32)
+
+
+def hedgehog_naive(q, k, v, w_q, w_k):
+    return naive_linear_attention(hedgehog_features(q, w_q), hedgehog_features(k, w_k), v)
+
+
+def random_inputs(B, H, T, d, D=None, dtype=torch.float32, scale=1.0):
+    """q, k, v, w_q, w_k and dy."""
+    g = torch.Generator().manual_seed(B + 10 * H + 100 * T + d)
+    shapes = [(B, H, T, d), (B, H, T, d), (B, H, T, D or d), (H, d, d), (H, d, d),
+              (B, H, T, D or d)]
+    q, k, v, w_q, w_k, dy = (torch.randn(shape, generator=g) for shape in shapes)
+    xs = (scale * q, scale * k, v, w_q / d**0.5, w_k / d**0.5, dy)
+    return [x.to(DEVICE, dtype) for x in xs]
+
+
+def output_and_gradients(function, inputs, dy, dtype=None):
+    xs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    y = function(*xs)
+    y = y[0] if isinstance(y, tuple) else y
+    return [y.detach(), *torch.autograd.grad(y, xs, dy.to(y.dtype))]
+
+
+def error(x, reference, floor=0.0):
+    difference = (x.double() - reference.double()).norm()
+    return (difference / (reference.double().norm() + floor + 1e-300)).item()
+
+
+def assert_close(results, references, tolerance, floor=0.0):
+    for name, x, r in zip(("y", "dq", "dk", "dv", "dW_q", "dW_k"), results, references):
+        assert x.shape == r.shape
+        assert error(x, r, floor) <= tolerance, (name, error(x, r, floor))
+
+
+# -- the backward equations, in the words of kernel.py but T x T --------------------------------
+
+class ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, w_q, w_k):
+        h_q, h_k = q @ w_q, k @ w_k
+        phi_q, phi_k = (torch.cat([h.softmax(-1), (-h).softmax(-1)], -1) for h in (h_q, h_k))
+        A = (phi_q @ phi_k.mT).tril()
+        den = A.sum(-1, keepdim=True) + EPS
+        y = A @ v / den
+        ctx.save_for_backward(q, k, v, w_q, w_k, phi_q, phi_k, y, den)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, w_q, w_k, phi_q, phi_k, y, den = ctx.saved_tensors
+        a, delta = phi_q / den, (dy * y).sum(-1, keepdim=True)
+        B = (dy @ v.mT - delta).tril()                      # (B, H, i, j)
+
+        def through_map(x, w, phi, dphi):
+            p, m = phi.chunk(2, -1)
+            dp, dm = dphi.chunk(2, -1)
+            dh = p * (dp - (p * dp).sum(-1, keepdim=True))
+            dh = dh - m * (dm - (m * dm).sum(-1, keepdim=True))
+            return dh @ w.mT, (x.mT @ dh).sum(0)
+
+        dq, dw_q = through_map(q, w_q, phi_q, B @ phi_k / den)
+        dk, dw_k = through_map(k, w_k, phi_k, B.mT @ a)
+        return dq, dk, (a @ phi_k.mT).tril().mT @ dy, dw_q, dw_k
+
+
+def test_backward_equations():
+    *inputs, _ = random_inputs(1, 2, 4, 3, dtype=torch.float64)
+    inputs = [x.cpu().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(ByHand.apply, inputs)
+    assert error(ByHand.apply(*inputs), hedgehog_naive(*inputs)) < 1e-14
+
+
+# -- interpreted ---------------------------------------------------------------------------------
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 65, 130])
+def test_hedgehog(T, poison):
+    *inputs, dy = random_inputs(1, 1, T, 16)
+    ours = output_and_gradients(lambda *xs: hedgehog_attention(*xs, **TINY), inputs, dy)
+    exact = output_and_gradients(hedgehog_naive, inputs, dy, torch.float64)
+    assert_close(ours, exact, 1e-5, floor=1e-4)     # floor: with T = 1 dq and dk are 0
+
+
+@interpreted
+@pytest.mark.parametrize("segment", [16, 128])
+def test_segments_heads_and_odd_dims(segment, poison):
+    *inputs, dy = random_inputs(2, 2, 35, 12, D=20)
+    ours = output_and_gradients(
+        lambda *xs: hedgehog_attention(*xs, chunk=16, segment=segment), inputs, dy)
+    assert_close(ours, output_and_gradients(hedgehog_naive, inputs, dy, torch.float64), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("F", [16, 21, 32])
+def test_given_features(F, poison):
+    q, k, v, _, _, dy = random_inputs(1, 2, 35, F, D=16)
+    inputs = [q.abs(), k.abs(), v]
+    ours = output_and_gradients(lambda *xs: linear_attention(*xs, **TINY), inputs, dy)
+    exact = output_and_gradients(naive_linear_attention, inputs, dy, torch.float64)
+    assert_close(ours, exact, 1e-5)
+
+
+@interpreted
+def test_strides(poison):
+    *inputs, dy = random_inputs(1, 2, 18, 16)
+    qkv = torch.stack([x.transpose(1, 2) for x in inputs[:3]], dim=2)      # (B, T, 3, H, d)
+    strided = [x.transpose(1, 2) for x in qkv.unbind(2)]
+    columns = inputs[0].mT.contiguous().mT                                 # last stride not 1
+    function = lambda *xs: hedgehog_attention(*xs, **TINY)
+    exact = output_and_gradients(hedgehog_naive, inputs, dy, torch.float64)
+    assert_close(output_and_gradients(function, [*strided, *inputs[3:]], dy), exact, 1e-5)
+    assert_close(output_and_gradients(function, [columns, *inputs[1:]], dy), exact, 1e-5)
+    one = torch.ones((), device=DEVICE).expand_as(dy)                      # what y.sum() sends back
+    assert_close(output_and_gradients(function, inputs, one),
+                 output_and_gradients(hedgehog_naive, inputs, one, torch.float64), 1e-5)
+
+
+@interpreted
+def test_large_values(poison):
+    """The maps saturate: features are 0 or 1 up to ties, nothing overflows."""
+    *inputs, dy = random_inputs(1, 1, 40, 16, scale=1e3)
+    ours = output_and_gradients(lambda *xs: hedgehog_attention(*xs, **TINY), inputs, dy)
+    exact = output_and_gradients(hedgehog_naive, inputs, dy, torch.float64)
+    assert all(x.isfinite().all() for x in ours)
+    # h = 1e3 x is only known to 1e-4 in fp32, and so are the features that are not 0 or 1
+    assert_close(ours, exact, 1e-2, floor=1.0)
+
+
+@interpreted
+@pytest.mark.parametrize("learned", [True, False])
+def test_state(learned, poison):
+    """Two halves, one handing its state to the other, are the whole: outputs and gradients."""
+    *inputs, dy = random_inputs(1, 2, 50, 16)
+    if not learned:
+        inputs = [inputs[0].abs(), inputs[1].abs(), inputs[2]]
+    function = hedgehog_attention if learned else linear_attention
+
+    def halves(q, k, v, *w):
+        y, state = None, None
+        for tokens in (slice(0, 19), slice(19, 50)):
+            part, state = function(*(x[:, :, tokens] for x in (q, k, v)), *w, state=state, **TINY)
+            y = part if y is None else torch.cat([y, part], dim=2)
+        return torch.cat([y.flatten(), *(s.flatten() for s in state)])
+
+    def whole(q, k, v, *w):
+        phi_q, phi_k = (hedgehog_features(x, m) for x, m in zip((q, k), w)) if w else (q, k)
+        y, state = chunked_linear_attention(phi_q, phi_k, v)
+        return torch.cat([y.flatten(), *(s.flatten() for s in state)])
+
+    g = torch.randn(whole(*inputs).shape, generator=torch.Generator().manual_seed(0))
+    ours = output_and_gradients(halves, inputs, g)
+    assert_close(ours, output_and_gradients(whole, inputs, g, torch.float64), 1e-5)
+
+
+@interpreted
+def test_state_gradient(poison):
+    """The gradient of the first state, and of the last one alone."""
+    *inputs, dy = random_inputs(1, 1, 40, 16)
+    state = torch.rand(1, 1, 32, 16), torch.rand(1, 1, 32)
+
+    def ours(q, k, v, w_q, w_k, S, z):
+        y, (S, z) = hedgehog_attention(q, k, v, w_q, w_k, state=(S, z), **TINY)
+        return S.sum() + (z * z).sum()
+
+    def exact(q, k, v, w_q, w_k, S, z):
+        phi = hedgehog_features(q, w_q), hedgehog_features(k, w_k)
+        y, (S, z) = chunked_linear_attention(*phi, v, state=(S, z))
+        return S.sum() + (z * z).sum()
+
+    xs = [x.requires_grad_() for x in (*inputs, *state)]
+    for f, g in zip(torch.autograd.grad(ours(*xs), xs, allow_unused=True),
+                    torch.autograd.grad(exact(*xs), xs, allow_unused=True)):
+        assert g is None and not f.any() or error(f, g, 1e-6) <= 1e-5
+
+
+@interpreted
+def test_same_bits():
+    *inputs, dy = random_inputs(2, 1, 20, 16)
+    function = lambda *xs: hedgehog_attention(*xs, chunk=16, segment=16)
+    once, again = (output_and_gradients(function, inputs, dy) for _ in range(2))
+    assert all(torch.equal(x, r) for x, r in zip(once, again))
+
+
+def test_operators_are_well_formed():
+    sizes = (64, 128) if GPU else (16, 16)
+    *inputs, dy = random_inputs(1, 1, 200 if GPU else 20, 16)
+    inputs = [x.requires_grad_() for x in inputs]
+    state = torch.rand(1, 1, 32, 17, device=DEVICE).requires_grad_()
+    op = torch.ops.hedgehog.linear_attention.default
+    torch.library.opcheck(op, (*inputs, None, *sizes))
+    given = [x.detach().abs().requires_grad_() for x in inputs[:3]]
+    torch.library.opcheck(op, (*given, None, None, state[:, :, :16], *sizes))
+
+
+def test_compile_and_checkpoint():
+    sizes = {} if GPU else TINY
+    *inputs, dy = random_inputs(1, 1, 300 if GPU else 20, 16)
+
+    def attention(*xs):
+        return hedgehog_attention(*xs, **sizes)[0]
+
+    eager = output_and_gradients(attention, inputs, dy)
+    compiled = torch.compile(attention, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    assert_close(output_and_gradients(compiled, inputs, dy), eager, 1e-5)
+    checkpointed = output_and_gradients(
+        lambda *xs: torch.utils.checkpoint.checkpoint(attention, *xs, use_reentrant=False),
+        inputs, dy)
+    assert all(torch.equal(x, r) for x, r in zip(checkpointed, eager))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+        self.w_q, self.w_k = (torch.nn.Parameter(torch.randn(2, 16, 16)) for _ in range(2))
+
+    def forward(self, x):
+        sizes = {} if GPU else TINY
+        return hedgehog_attention(self.linear(x), x, x, self.w_q, self.w_k, **sizes)[0]
+
+
+def test_distributed_data_parallel(tmp_path):
+    layer, x = Layer().to(DEVICE), torch.randn(1, 2, 20, 16, device=DEVICE)
+    alone = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    torch.distributed.init_process_group("nccl" if GPU else "gloo", rank=0, world_size=1,
+                                         init_method=f"file://{tmp_path}/store")
+    try:
+        torch.nn.parallel.DistributedDataParallel(layer)(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for gradient, parameter in zip(alone, layer.parameters()):
+        assert error(parameter.grad, gradient) < 1e-5
+
+
+def test_fallback():
+    """Where the kernels do not run: CPU without a chunk length, fp64, too many features."""
+    *inputs, dy = random_inputs(1, 1, 20, 8, dtype=torch.float64)
+    ours = output_and_gradients(hedgehog_attention, inputs, dy)
+    assert_close(ours, output_and_gradients(hedgehog_naive, inputs, dy), 1e-12)
+    phi = torch.rand(1, 1, 20, 300, device=DEVICE)
+    v = torch.randn(1, 1, 20, 8, device=DEVICE)
+    assert error(linear_attention(phi, phi, v)[0], naive_linear_attention(phi, phi, v)) < 1e-5
+
+
+# -- compiled, on a GPU --------------------------------------------------------------------------
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("d", [16, 32, 64, 128, 24])
+def test_precision(d, dtype, poison):
+    """At most 2x (gradients 3x) the error of the definition at the same precision."""
+    *inputs, dy = random_inputs(2, 3, 333, d, dtype=dtype)
+    exact = output_and_gradients(hedgehog_naive, inputs, dy, torch.float64)
+    plain = output_and_gradients(hedgehog_naive, inputs, dy)
+    ours = output_and_gradients(lambda *xs: hedgehog_attention(*xs, segment=128), inputs, dy)
+    for i, (x, p, r) in enumerate(zip(ours, plain, exact)):
+        limit = (2 if i == 0 else 3) * error(p, r) + 1e-6
+        assert error(x, r) <= (1e-4 if dtype == torch.float32 else limit), i
+
+
+@on_gpu
+@pytest.mark.parametrize("F", [64, 100, 256])
+def test_precision_given_features(F):
+    q, k, v, _, _, dy = random_inputs(2, 3, 333, F, D=64, dtype=torch.bfloat16)
+    inputs = [q.abs(), k.abs(), v]
+    exact = output_and_gradients(naive_linear_attention, inputs, dy, torch.float64)
+    plain = output_and_gradients(naive_linear_attention, inputs, dy)
+    ours = output_and_gradients(lambda *xs: linear_attention(*xs, segment=128), inputs, dy)
+    for i, (x, p, r) in enumerate(zip(ours, plain, exact)):
+        assert error(x, r) <= (2 if i == 0 else 3) * error(p, r) + 1e-6, i
+
+
+@on_gpu
+def test_long_sequences():
+    """The error at 65,536 tokens is no worse than at 1,024."""
+    errors = []
+    for T in (1024, 65536):
+        *inputs, dy = random_inputs(1, 2, T, 64, dtype=torch.bfloat16)
+        exact = output_and_gradients(lambda q, k, v, w_q, w_k: chunked_linear_attention(
+            hedgehog_features(q, w_q), hedgehog_features(k, w_k), v), inputs, dy, torch.float64)
+        ours = output_and_gradients(hedgehog_attention, inputs, dy)
+        errors.append([error(x, r) for x, r in zip(ours, exact)])
+    assert all(long <= 1.5 * short for short, long in zip(*errors)), errors
+
+
+@on_gpu
+def test_determinism_and_state():
+    *inputs, dy = random_inputs(2, 2, 1000, 64, dtype=torch.bfloat16)
+    function = lambda *xs: hedgehog_attention(*xs, segment=256)
+    once, again = (output_and_gradients(function, inputs, dy) for _ in range(2))
+    assert all(torch.equal(x, r) for x, r in zip(once, again))
+    q, k, v, *w = inputs
+    first, state = hedgehog_attention(q[:, :, :600], k[:, :, :600], v[:, :, :600], *w)
+    second, _ = hedgehog_attention(q[:, :, 600:], k[:, :, 600:], v[:, :, 600:], *w, state=state)
+    assert error(torch.cat([first, second], 2), once[0]) < 5e-3
+
+
+@on_gpu
+def test_autocast():
+    *inputs, dy = random_inputs(2, 2, 300, 64)
+
+    def attention(*xs):
+        with torch.autocast("cuda", torch.bfloat16):
+            return hedgehog_attention(*xs)[0]
+
+    ours = output_and_gradients(attention, inputs, dy)
+    assert ours[0].dtype == torch.bfloat16 and ours[1].dtype == torch.float32
+    low = [x.bfloat16() for x in inputs]
+    assert_close(ours, output_and_gradients(lambda *xs: hedgehog_attention(*xs)[0], low, dy), 1e-2)
