@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from kernel import (chunked_linear_attention, hedgehog_attention, hedgehog_features,
-                    recurrent_step)
+                    linear_attention_weights, recurrent_step)
 
 
 @dataclass
@@ -295,6 +295,13 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
         return q, k, v
+
+    def weights(self, x, positions):
+        """The attention weights (B, H, T, T) of hidden states x, to look at: O(T^2)."""
+        q, k, _ = self.project(x, positions)
+        if self.feature_map is None:
+            return softmax_attention_weights(q, k)
+        return linear_attention_weights(*self.feature_map(q, k, positions))
 
     def forward(self, x, positions, cache=None):
         """x (B, T, n_embd) -> the same shape, and what later tokens need to know of these.

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -51,7 +52,8 @@ PRESETS = {
                  epochs=100, lr=6e-4, dropout=0.1, eval_every=500),
     # --data recall: minutes on two cores.
     "recall": dict(n_layer=2, n_head=1, n_embd=64, block_size=63, batch_size=32, micro_batch=32,
-                   steps=8000, lr=1e-3, dropout=0.0, eval_every=1000, position="rotary"),
+                   steps=8000, lr=1e-3, weight_decay=0.3, dropout=0.0, eval_every=1000,
+                   position="rotary"),
 }
 
 SPLITS = ("train", "valid", "test")
@@ -117,8 +119,8 @@ class Recall:
         y   . . . . . . 3 . 7 . 9      with its own key -> value table: 20 keys, 20 values
 
     Training predicts every value whose key came before ("." is -1), evaluation the last one only.
-    A training sequence uses from 1 to all 20 of the keys, an evaluation sequence all 20: from the
-    easy ones recall is learned in minutes (without them not even in an hour, see README.md).
+    A training sequence uses from 1 to all 20 of the keys, an evaluation sequence all 20: the easy
+    ones are there so that recall is learned in minutes.
     """
     name, tokenizer, vocab_size, keys = "recall", "recall", 40, 20
     sizes = {"train": 10_000, "valid": 2_000, "test": 2_000}
@@ -181,7 +183,7 @@ def load_path(path, tokenizer, data_dir):
         cuts = [0, *(text.find(b"\n", len(text) * part // 20) + 1 for part in (18, 19)), len(text)]
         raw = {split: text[a:b] for split, a, b in zip(SPLITS, cuts, cuts[1:])}
     elif (path / "train.bin").exists():
-        return from_bins(path, path.name)
+        return from_bins(path, path.resolve().name)
     else:
         patterns = [p for p in ("wiki.{}.raw", "wiki.{}.tokens", "{}.txt")
                     if (path / p.format("train")).exists()]
@@ -192,7 +194,7 @@ def load_path(path, tokenizer, data_dir):
         raw = {split: file.read_bytes() for split, file in files.items() if file.exists()}
         if patterns[0].startswith("wiki"):
             tokenizer = tokenizer or "gpt2"
-    return from_raw(path.name, tokenizer or "bytes", raw, data_dir)
+    return from_raw(path.resolve().name, tokenizer or "bytes", raw, data_dir)
 
 
 def from_raw(name, tokenizer, raw, data_dir):
@@ -243,12 +245,13 @@ def from_bins(folder, name):
 
 
 def gpt2_encoding():
-    import tiktoken                                         # only this tokenizer needs it
     try:
+        import tiktoken                                     # only this tokenizer needs it
         return tiktoken.get_encoding("gpt2")
     except Exception as e:                                  # whatever its HTTP library raises
-        raise UserError(f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}): go online "
-                        "once, set TIKTOKEN_CACHE_DIR to a filled cache, or use --tokenizer bytes")
+        raise UserError(f"tiktoken does not give GPT-2's vocabulary ({type(e).__name__}): go "
+                        "online once, set TIKTOKEN_CACHE_DIR to a filled cache, or use "
+                        "--tokenizer bytes")
 
 
 def load_wikitext103(tokenizer, data_dir):
@@ -293,7 +296,7 @@ def download(urls, path):
                     raise OSError(f"only {f.tell():,} of {size:,} bytes came")
             part.rename(path)
             return
-        except OSError as e:                                # URLError and time-outs are OSErrors
+        except (OSError, http.client.HTTPException) as e:   # URLError and time-outs are OSErrors
             errors.append(str(e))
             part.unlink(missing_ok=True)
     raise UserError(f"cannot download {path.name} ({'; '.join(errors)}): put it at {path}, or use "
@@ -685,7 +688,7 @@ def parse_args(argv=None):
             ("eval-every", positive, "steps between evaluations, each with a checkpoint")):
         p.add_argument(f"--{name}", type=kind, help=f"{text} (preset)")
     p.add_argument("--warmup", type=amount, default=0.02, help="share of steps (%(default)s)")
-    p.add_argument("--weight-decay", type=amount, default=0.1, help="of matrices (%(default)s)")
+    p.add_argument("--weight-decay", type=amount, help="of matrices (0.1, 0.3 for recall)")
     p.add_argument("--grad-clip", type=amount, default=1.0, help="gradient norm (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of weights and data order (%(default)s)")
     p.add_argument("--device", help="cuda if there is one, else cpu")
@@ -708,7 +711,8 @@ def parse_args(argv=None):
         if getattr(args, key) is None and not (key == "epochs" and args.steps):
             setattr(args, key, value)
     args.position = args.position or "learned"
-    args.out = args.out or f"out/{Path(args.data).stem}-{args.attention}"
+    args.weight_decay = 0.1 if args.weight_decay is None else args.weight_decay
+    args.out = args.out or f"out/{Path(args.data).resolve().stem}-{args.attention}"
     return args
 
 

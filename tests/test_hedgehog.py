@@ -164,6 +164,17 @@ def test_model_is_causal(attention, position):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attention_is_its_weights_times_the_values(attention):
+    layer, positions = model(attention, position="rotary").blocks[0].attn, torch.arange(T)
+    x = torch.randn(B, T, H * D, dtype=torch.float64)
+    a = layer.weights(x, positions)
+    assert torch.allclose(a.sum(-1), torch.ones_like(a[..., 0])) or attention in ("relu", "t2r",
+                                                                                 "cosformer")
+    y = a @ layer.project(x, positions)[2]
+    assert torch.allclose(layer(x, positions)[0], layer.proj(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 def test_generation_equals_running_the_whole_prefix(attention, position):
     gpt = model(attention, position=position)
