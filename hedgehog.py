@@ -4,15 +4,17 @@ Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Att
 Mimicry", arXiv 2402.04347. From top to bottom: feature maps (`FEATURE_MAPS`), softmax attention,
 one attention layer that can be either, the GPT around it.
 
-Glossary (code = the paper's symbol, shape)
-    B, T, H             batch, time (tokens), heads
-    d   = d             head dim, n_embd / H
-    F   = d'            feature dim, what a map makes of d: 2 d for Hedgehog
-    q, k, v = q, k, v   (B, H, T, d)  queries, keys, values
-    w_q, w_k = W        (H, d, d)     a Hedgehog map's weights: one matrix a head, q and k apart
-    phi_q, phi_k = phi(q), phi(k)     (B, H, T, F)  features
-    S, z                (B, H, F, d), (B, H, F)  the state: sums over keys of phi(k) v^T and phi(k)
-    s                   q.k / sqrt(d), the logit of softmax attention
+Glossary
+    code            paper           shape               what
+    B, T, H         -, n, -                             batch, time in tokens, heads
+    d               d                                   head dim, n_embd / H; D in kernel.py
+    F               d'                                  feature dim, 2 d for Hedgehog
+    q, k, v         q, k, v         (B, H, T, d)        queries, keys, values
+    w_q, w_k        W               (H, d, d)           a Hedgehog map's weights, one W a head
+    phi_q, phi_k    phi(q), phi(k)  (B, H, T, F)        features
+    S               -               (B, H, F, d)        linear attention's state: sum phi(k) v^T
+    z               -               (B, H, F)           its normaliser: sum of phi(k)
+    s               -                                   q.k / sqrt(d), softmax attention's logit
 """
 
 import math
@@ -47,6 +49,8 @@ class GPTConfig:
             raise ValueError(f"position {self.position!r} is neither learned nor rotary")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head dim, not {self.head_dim}")
 
@@ -72,11 +76,8 @@ class FeatureMap(nn.Module):
     normalised weights; a factor on one key's features does not.
     """
 
-    def __init__(self, config):
+    def __init__(self, config):         # what a map needs of the config, subclasses take
         super().__init__()
-
-    def phi(self, x):
-        raise TypeError(f"{type(self).__name__} defines neither phi nor forward")
 
     def forward(self, q, k, positions):
         return self.phi(q), self.phi(k)
@@ -96,10 +97,8 @@ class Hedgehog(FeatureMap):
 
     The paper's section 4 with the softmax over features that its authors settled on (LoLCATs, arXiv
     2410.10254, Appendix D.1): bounded features, and W learns to make the weights spiky and monotone
-    in q.k. No bias: the paper's 0.495 % of extra parameters at Llama-2-7B leave no room for one.
-    Two others carry the name: `hedgehog_exp` below, the main text's, and flash-linear-attention's
-    [softmax over both halves together of (2 x W + b, -2 x W - b)] with one W for all heads. A key's
-    normaliser does not cancel in the attention weights, so these are three different attentions.
+    in q.k. No bias: the paper's 0.495 % of extra parameters at Llama-2-7B are 2 H d^2 a layer, no
+    more. README.md says which other maps carry the name.
     """
 
     def __init__(self, config):
@@ -189,7 +188,7 @@ class Performer(FeatureMap):
         d = config.head_dim
         m = m or 2 * d
         Q, R = torch.linalg.qr(torch.randn(math.ceil(m / d), d, d))
-        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)   # or Q would not be uniform
+        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)   # now uniform over rotations
         w = Q.flatten(0, 1)[:m] * torch.randn(m, d).norm(dim=1, keepdim=True)
         self.register_buffer("w", w)                        # (m, d)
 
@@ -249,7 +248,7 @@ def softmax_attention_weights(q, k, causal=True, key_mask=None):
 
 
 def softmax_attention(q, k, v, causal=True, key_mask=None):
-    """softmax_attention_weights(q, k) @ v without ever holding the weights (FlashAttention)."""
+    """softmax_attention_weights(q, k) @ v; causal, it never holds the weights (FlashAttention)."""
     if causal and key_mask is None and q.size(2) == k.size(2):
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return functional.scaled_dot_product_attention(q, k, v,
@@ -369,6 +368,12 @@ class GPT(nn.Module):
             for linear in (block.attn.proj, block.mlp[2]):
                 nn.init.normal_(linear.weight, std=std / math.sqrt(2 * config.n_layer))
 
+    def check_length(self, length):
+        if self.config.max_length is not None and length > self.config.max_length:
+            raise ValueError(f"{length} tokens are more than the {self.config.max_length} that "
+                             "this model was built for; with position='rotary' there is no limit "
+                             "(except for attention='cosformer')")
+
     def hidden(self, idx, caches=None, start=0):
         """Token ids at positions start, start + 1, ... -> hidden states (B, T, n_embd), new caches.
 
@@ -376,10 +381,7 @@ class GPT(nn.Module):
         without it nothing is kept.
         """
         end = start + idx.size(1)
-        if self.config.max_length is not None and end > self.config.max_length:
-            raise ValueError(f"{end} tokens are more than the {self.config.max_length} that this "
-                             "model was built for; position='rotary' has no such limit (but for "
-                             "attention='cosformer')")
+        self.check_length(end)
         positions = torch.arange(start, end, device=idx.device)
         x = self.wte(idx)
         if self.wpe is not None:
@@ -406,9 +408,9 @@ class GPT(nn.Module):
         The prompt goes through in parallel, then a token at a time from the caches: constant
         memory and time a token with linear attention, both growing with softmax.
         """
-        training = self.training
+        training, caches, start, new = self.training, [None] * self.config.n_layer, 0, idx
+        self.check_length(idx.size(1) + max_new_tokens)
         self.eval()
-        caches, start, new = [None] * self.config.n_layer, 0, idx
         for _ in range(max_new_tokens):
             x, caches = self.hidden(new, caches, start)
             start += new.size(1)

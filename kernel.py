@@ -1,4 +1,4 @@
-"""Linear attention as functions of tensors: the definition, then the same numbers ever faster.
+"""Linear attention as functions of tensors: the definition, then the same numbers in less time.
 
     y_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j),    j <= i if causal, all j if not
 
@@ -14,8 +14,9 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
 `naive_linear_attention` is the definition, T x T, and what every other function is tested against.
 `chunked_linear_attention` costs O(T) in time and memory: a state carries what earlier chunks said.
 `recurrent_linear_attention` goes one token at a time: chunks of length 1, for generation.
-`hedgehog_attention` and `linear_attention` are what a model calls: on a GPU fused Triton kernels,
-elsewhere the chunked form. `python kernel.py` checks and times them.
+`hedgehog_attention` has Hedgehog's map inside and is what the GPT calls, `linear_attention` takes
+features: on a Hopper GPU both are fused Triton kernels, elsewhere the chunked form.
+`python kernel.py` checks and times them.
 """
 
 import argparse
@@ -34,9 +35,18 @@ except ImportError:     # then the kernels below are only there to be read
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=float)
 
-# Added to the denominator: a query that matches no key at all (ReLU features can all be zero)
-# gets the output 0 and not 0/0. Far below any other row sum.
+# Added to the denominator: a query that matches no key at all (ReLU features can all be zero, and
+# saturated softmax features nearly) gets the output 0 and not 0/0.
 EPS = 1e-12
+
+
+def hedgehog_features(x, w):
+    """Hedgehog's phi(x) = [softmax(x W), softmax(-x W)]: (B, H, T, d) -> (B, H, T, 2d).
+
+    w (H, d, d) is one W a head; each softmax is over its own d features.
+    """
+    h = x @ w
+    return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)
 
 
 def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
@@ -61,9 +71,9 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
     fp64 inputs), under autocast too. Differentiable in all inputs.
     Returns y (B, H, T, D) in v's dtype and the state (S, z) after the last token.
     """
-    dtype, accumulator = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
-        phi_q, phi_k, v = (x.to(accumulator) for x in (phi_q, phi_k, v))
+        phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
         if key_mask is not None:
             phi_k = phi_k * key_mask[:, None, :, None]      # a zero feature adds to no sum
         if not causal:
@@ -80,15 +90,15 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
                            for x in (phi_q, phi_k, v))
         S, z = phi_k.mT @ v, phi_k.sum(-2)                  # what each chunk adds
         A = (phi_q @ phi_k.mT).tril()                       # (B, H, N, C, C): inside each chunk
-        y, d = A @ v, A.sum(-1, keepdim=True)
+        num, den = A @ v, A.sum(-1, keepdim=True)
         if state is not None or S.size(2) > 1:              # and from all that came before it
             if state is None:
                 state = torch.zeros_like(S[:, :, 0]), torch.zeros_like(z[:, :, 0])
             S = torch.cat([state[0].unsqueeze(2), S], dim=2).cumsum(2)  # (B, H, N+1, F, D)
-            z = torch.cat([state[1].unsqueeze(2), z], dim=2).cumsum(2)  # n: before chunk n
-            y = y + phi_q @ S[:, :, :-1]
-            d = d + phi_q @ z[:, :, :-1].unsqueeze(-1)
-        y = (y / (d + EPS)).flatten(2, 3)[:, :, :T]         # (B, H, T, D)
+            z = torch.cat([state[1].unsqueeze(2), z], dim=2).cumsum(2)  # n: all before chunk n
+            num = num + phi_q @ S[:, :, :-1]
+            den = den + phi_q @ z[:, :, :-1].unsqueeze(-1)
+        y = (num / (den + EPS)).flatten(2, 3)[:, :, :T]     # (B, H, T, D)
         return y.to(dtype), (S[:, :, -1], z[:, :, -1])
 
 
@@ -98,16 +108,16 @@ def recurrent_step(phi_q, phi_k, v, state=None):
     S_i = S_{i-1} + phi(k_i) v_i^T,  z_i = z_{i-1} + phi(k_i),  y_i = phi(q_i) S_i / phi(q_i).z_i;
     time and memory do not depend on how many tokens came before.
     """
-    dtype, accumulator = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
-        phi_q, phi_k, v = (x.to(accumulator) for x in (phi_q, phi_k, v))
+        phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
         S = phi_k.unsqueeze(-1) * v.unsqueeze(-2)           # (B, H, F, D)
         z = phi_k                                           # (B, H, F)
         if state is not None:
             S, z = S + state[0], z + state[1]
-        y = (phi_q.unsqueeze(-2) @ S).squeeze(-2)           # (B, H, D)
-        d = (phi_q * z).sum(-1, keepdim=True)
-        return (y / (d + EPS)).to(dtype), (S, z)
+        num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)         # (B, H, D)
+        den = (phi_q * z).sum(-1, keepdim=True)
+        return (num / (den + EPS)).to(dtype), (S, z)
 
 
 def recurrent_linear_attention(phi_q, phi_k, v, state=None):
@@ -119,9 +129,15 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
     return torch.stack(y, dim=2), state
 
 
-# From here on the same in Triton: one program of a kernel handles one head and one segment of its
-# tokens, chunk after chunk, on tiles that never leave the chip. Where the features come from is a
-# compile-time switch: LEARNED means Hedgehog's, computed inside from q, k and their matrices W,
+# From here on the same in Triton. A function under @triton.jit is compiled for the GPU; the ones
+# called *_kernel are started as a grid of programs, each of which asks tl.program_id who it is.
+# Tensors come in as a pointer to their first element and strides: tl.load reads the tile of
+# elements at a tile of addresses, `mask` says which of them to touch, and what is tl.constexpr is
+# known when the kernel is compiled. tl.dot multiplies two tiles on the matrix units. A program runs
+# on num_warps * 32 threads, and its loads run num_stages loop rounds ahead.
+#
+# One program handles one head and one segment of its tokens, chunk after chunk. Where the features
+# come from is a switch: LEARNED means Hedgehog's, computed inside from q, k and their matrices W,
 #
 #     h = x W,   phi(x) = [softmax(h), softmax(-h)]
 #
@@ -132,9 +148,10 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 #     N, segment   segments of a sequence and their length; n: which one
 #     F, half      features and those of the plus half, (F + 1) // 2; d is half where LEARNED
 #     BF, BD       half and D rounded up to a power of two, which all tiles have to be
-#     P            what dots multiply: "bf16" for bf16 inputs, "tf32" for fp16 (whose range the
-#                  sums and 1 / den would leave), "ieee" for fp32. All sums are fp32
+#     P            what dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16,
+#                  in which sums and 1 / den would overflow. All sums are fp32
 #     state        (B, H, F, D + 1): S, and z as one more column, S's for a value that is always 1
+#     S_plus, ..   in a kernel S is transposed, (D, F/2): so S += v^T phi(k) needs no transposed phi
 #
 # The comment at the end of a line is the shape of the tile on it.
 
@@ -188,7 +205,7 @@ def load_map(w, bh, H, half, LEARNED: tl.constexpr, BF: tl.constexpr):
     if LEARNED:
         W = load(w + (bh % H) * half * half, half, f, f, half, half)        # [d, d]
     else:
-        W = tl.zeros((1, 1), tl.float32)    # never used
+        W = tl.zeros((1, 1), tl.float32)    # not used, but Triton wants a value on both branches
     return W
 
 
@@ -210,7 +227,7 @@ def features(x, stride, rows, T, W, scale, half, F, LEARNED: tl.constexpr, P: tl
     else:
         plus = load(x, stride, rows, f, T, half) * scale[:, None]           # [C, F/2]
         minus = load(x + half, stride, rows, f, T, F - half) * scale[:, None]
-        x = plus
+        x = plus                            # not used
     return x, operand(plus, P), operand(minus, P)
 
 
@@ -224,14 +241,14 @@ def softmax_gradient(p, dp):
 @triton.jit
 def load_state(state, index, half, F, D, GIVEN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
     """S^T and z of one state, in halves; zeros if none is given. z is the first of 16 rows, the
-    others 0: a dot has no fewer, and a dot adds up features much faster than a tl.sum over rows."""
+    others 0: a dot needs 16 rows, and adds up features much faster than a tl.sum over rows."""
     f, c, z_row = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, 16)
     if GIVEN:
         plus = state + index.to(tl.int64) * F * (D + 1)
         minus = plus + half * (D + 1)
         in_plus = (z_row == 0)[:, None] & (f < half)[None, :]
         in_minus = (z_row == 0)[:, None] & (f < F - half)[None, :]
-        at = z_row[:, None] * 0 + f[None, :] * (D + 1) + D
+        at = z_row[:, None] * 0 + f[None, :] * (D + 1) + D                  # [16, F/2]
         return (tl.trans(load(plus, D + 1, f, c, half, D)),                 # [D, F/2]
                 tl.trans(load(minus, D + 1, f, c, F - half, D)),
                 tl.load(plus + at, mask=in_plus, other=0.0),                # [16, F/2]
@@ -273,7 +290,7 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
     for start in range(n * segment, min((n + 1) * segment, T), C):
         rows = start + i
         real = tl.where(rows < T, 1.0, 0.0)     # past the end features are 0 and add to no sum
-        # The order below keeps the fewest tiles alive at a time; others spill registers
+        # The order below keeps the fewest tiles alive at a time; others run out of registers
         _, k_plus, k_minus = features(k, k_strides[2], rows, T, W_k, real, half, F, LEARNED, P, BF)
         _, q_plus, q_minus = features(q, q_strides[2], rows, T, W_q, real, half, F, LEARNED, P, BF)
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
@@ -319,11 +336,11 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 #
 # Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
 # sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
-# of each other. Tried on an H200 and slower:
+# of each other. Tried on an H200 (bf16, 65,536 tokens, 12 heads of 64) and slower:
 #   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
 #     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
 #   - chunks of 32 (too small for the fast matrix instructions) and, where they fit, of 128 (more
-#     work above the diagonal, one program at a time on a core)
+#     work above the diagonal, one program at a time on an SM)
 #   - z and dz as a tl.sum over rows instead of a dot: forward 0.40 ms instead of 0.32
 # Faster still would be both gradients in one kernel, which computes phi and B once, with S and the
 # dW in shared memory. Triton decides by itself what is in registers, and there they do not fit.
@@ -522,7 +539,7 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, states, dk, dv, dw
 TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
          backward_kv_kernel: (64, 4, 1)}
 OTHER_TILE = (32, 8, 1)
-PROGRAMS = 768      # segments are cut so that about this many programs run: some for each core
+PROGRAMS = 768      # segments are cut so that about this many programs run, some for each SM
 
 
 def power_of_two(n):
@@ -541,6 +558,7 @@ class Problem:
         segments = max(1, PROGRAMS // (self.B * self.H))
         self.segment = segment or max(256, -(-self.T // (segments * 128)) * 128)
         self.N = -(-self.T // self.segment)
+        assert self.segment % self.tile(forward_kernel)[0] == 0, "a segment is whole chunks"
 
     def tile(self, kernel):
         if self.v.dtype == torch.bfloat16 and max(self.half, self.D) <= 64:
@@ -577,7 +595,7 @@ class Problem:
         return before
 
     def chunk_states(self, x, u, W, inv_den, delta, state, backward):
-        """The same for every chunk, rounded as operands are; and the one where the sweep ends."""
+        """The same for every chunk, in bf16 for bf16 inputs; and the one where the sweep ends."""
         chunks = -(-self.T // self.tile(states_kernel)[0])
         dtype = torch.bfloat16 if self.v.dtype == torch.bfloat16 else torch.float32
         states, end = self.state(chunks, dtype=dtype), self.state()
@@ -678,10 +696,17 @@ def backward(ctx, grads):
 fused.register_autograd(backward, setup_context=save_for_backward)
 
 
+@torch.compiler.assume_constant_result
+def large_tiles_fit():
+    """TILES need the shared memory of data-centre GPUs since Hopper, 227 KiB an SM."""
+    return torch.cuda.get_device_capability()[0] in (9, 10)
+
+
 def kernels_take(v, F, chunk):
     """The one place where the kernels or PyTorch are chosen. On a CPU only tests ask for kernels,
     by giving a chunk length, and Triton's interpreter runs them."""
-    runs = v.is_cuda or (chunk is not None and os.environ.get("TRITON_INTERPRET") == "1")
+    runs = large_tiles_fit() if v.is_cuda else (
+        chunk is not None and os.environ.get("TRITON_INTERPRET") == "1")
     widest = {torch.bfloat16: (256, 128), torch.float16: (128, 64), torch.float32: (128, 64)}
     F_max, D_max = widest.get(v.dtype, (0, 0))
     return hasattr(triton, "compile") and runs and F <= F_max and v.shape[-1] <= D_max
@@ -701,12 +726,6 @@ def attend(q, k, v, w_q, w_k, state, chunk, segment):
         w_q, w_k = w_q.contiguous(), w_k.contiguous()
     y, _, _, end = fused(q, k, v, w_q, w_k, state, chunk or 0, segment or 0)
     return y, (end[..., :-1], end[..., -1])
-
-
-def hedgehog_features(x, w):
-    """phi(x) = [softmax(x W), softmax(-x W)]: (B, H, T, d) -> (B, H, T, 2d), w (H, d, d)."""
-    h = x @ w
-    return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)
 
 
 def hedgehog_attention(q, k, v, w_q, w_k, state=None, chunk=None, segment=None):
@@ -785,7 +804,7 @@ def contenders():
 def measure(function, T, tokens, H, d, dtype):
     """Medians, ms: forward, forward + backward. And the MiB these allocate at their peak, with
     the output and all gradients."""
-    inputs = [torch.randn(tokens // T, T, H, d, device="cuda", dtype=dtype).transpose(1, 2)
+    inputs = [torch.randn(max(1, tokens // T), T, H, d, device="cuda", dtype=dtype).transpose(1, 2)
               for _ in range(3)]
     inputs += [torch.randn(H, d, d, device="cuda").div(d**0.5).to(dtype) for _ in range(2)]
     inputs, dy = [x.requires_grad_() for x in inputs], torch.randn_like(inputs[0])
@@ -820,7 +839,7 @@ def benchmark(lengths, tokens=65536, H=12, d=64, dtype=torch.bfloat16):
         table[name] = [measure(function, T, tokens, H, d, dtype) for T in lengths]
         for i, what in enumerate(("forward, ms", "forward + backward, ms", "memory, MiB")):
             show(f"{name}: {what}", [row[i] for row in table[name]], 0 if i == 2 else 3)
-    # q, k, v in and y out; backward these in again and dy, and four gradients out: 4 + 8 tensors
+    # q, k, v in and y out; backward these in again and dy, and three gradients out: 4 + 8 tensors
     size = tokens * H * d * dtype.itemsize
     for i, (what, tensors) in enumerate((("forward", 4), ("forward + backward", 12))):
         softmax = [min(a[i], b[i]) for a, b in zip(table["flash"], table["cuDNN"])]

@@ -1,7 +1,7 @@
 """Train a GPT from scratch, with softmax or linear attention, on text or on associative recall.
 
-    python train_lm.py                                  no GPU: Python's own source, minutes
-    python train_lm.py --data wikitext103 --preset gpt2 the paper's run; both default with a GPU
+    python train_lm.py                                  without a GPU: Python's own source, minutes
+    python train_lm.py                                  with one: the paper's 124M, WikiText-103
     python train_lm.py --attention softmax --data FOLDER_OR_FILE
     python train_lm.py --data recall --attention elu    the paper's associative recall
     python train_lm.py --resume                         go on after Ctrl-C, a kill or a crash
@@ -29,6 +29,7 @@ import time
 import urllib.request
 import zipfile
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,7 @@ PRESETS = {
                  epochs=100, lr=6e-4, dropout=0.1, eval_every=500),
     # --data recall: minutes on two cores.
     "recall": dict(n_layer=2, n_head=1, n_embd=64, block_size=63, batch_size=32, micro_batch=32,
-                   steps=8000, lr=1e-3, weight_decay=0.3, dropout=0.0, eval_every=1000,
-                   position="rotary"),
+                   steps=8000, lr=1e-3, dropout=0.0, eval_every=1000, position="rotary"),
 }
 
 SPLITS = ("train", "valid", "test")
@@ -74,7 +74,7 @@ class Text:
     """Token ids in splits, cut into examples of block_size tokens that each predict the next one.
 
     splits: "train", "valid" and perhaps "test" -> uint16 array of token ids.
-    counts: split -> {"words": .., "bytes": ..} as far as known; a word is what str.split() gives.
+    counts: split -> {"words": .., "bytes": ..} as far as known; words are what white space parts.
     """
 
     def __init__(self, name, tokenizer, vocab_size, splits, counts):
@@ -104,7 +104,7 @@ class Text:
         """
         total = loss * (len(self.splits[split]) - 1)
         count = self.counts.get(split, {})
-        out = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+        out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
         if self.tokenizer != "bytes" and count.get("words"):
             out["perplexity_per_word"] = math.exp(min(total / count["words"], 700))
         if count.get("bytes"):
@@ -116,13 +116,12 @@ class Recall:
     """Associative recall (the paper's Table 12): which value came after this key?
 
         x   c 7 a 3 f 9 a 3 c 7 f      10,000 sequences to train on, 2,000 others to test on, each
-        y   . . . . . . 3 . 7 . 9      with its own key -> value table: 20 keys, 20 values
+        y   . . . . . . 3 . 7 . 9      with its own key -> value table, its keys 1 to 16 of 16
 
     Training predicts every value whose key came before ("." is -1), evaluation the last one only.
-    A training sequence uses from 1 to all 20 of the keys, an evaluation sequence all 20: the easy
-    ones are there so that recall is learned in minutes.
+    The sequences with few keys are what lets recall be learned in minutes.
     """
-    name, tokenizer, vocab_size, keys = "recall", "recall", 40, 20
+    name, tokenizer, vocab_size, keys = "recall", "recall", 32, 16
     sizes = {"train": 10_000, "valid": 2_000, "test": 2_000}
 
     def __init__(self, block_size):
@@ -134,7 +133,7 @@ class Recall:
             rng = np.random.default_rng(seed)
             table = rng.integers(self.keys, self.vocab_size, (n, self.keys))
             own = rng.permuted(np.tile(np.arange(self.keys), (n, 1)), axis=1)
-            count = rng.integers(1, self.keys + 1, (n, 1)) if split == "train" else self.keys
+            count = rng.integers(1, self.keys + 1, (n, 1))
             keys = np.take_along_axis(own, rng.integers(0, count, (n, block_size // 2 + 1)), axis=1)
             keys[:, -1] = rng.permuted(keys[:, :-1], axis=1)[:, 0]  # ask for a key that came
             values = np.take_along_axis(table, keys, axis=1)
@@ -180,7 +179,8 @@ def load_path(path, tokenizer, data_dir):
     """A folder of {train,valid,test} .bin, .txt or wiki.*.{raw,tokens} files, or one text file."""
     if path.is_file():
         text = path.read_bytes()                            # 90, 5 and 5 %, cut at line ends
-        cuts = [0, *(text.find(b"\n", len(text) * part // 20) + 1 for part in (18, 19)), len(text)]
+        places = [len(text) * part // 20 for part in (18, 19)]
+        cuts = [0, *(text.find(b"\n", place) + 1 or place for place in places), len(text)]
         raw = {split: text[a:b] for split, a, b in zip(SPLITS, cuts, cuts[1:])}
     elif (path / "train.bin").exists():
         return from_bins(path, path.resolve().name)
@@ -211,7 +211,7 @@ def from_raw(name, tokenizer, raw, data_dir):
     if not cache.exists():
         encoding = gpt2_encoding()
         part = Path(f"{cache}.part-{os.getpid()}")
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         for split, text in raw.items():
             lines = text.decode(errors="replace").split("\n")
             lines = [line + "\n" for line in lines[:-1]] + lines[-1:]
@@ -262,7 +262,7 @@ def load_wikitext103(tokenizer, data_dir):
         if not archive.exists():
             download(WIKITEXT_URLS, archive)
         part = Path(f"{folder}.part-{os.getpid()}")
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         try:
             with zipfile.ZipFile(archive) as z:
                 for split in SPLITS:
@@ -321,7 +321,7 @@ def load_data(args):
         raise UserError(f"--data {args.data}: a train and a valid split are needed, found only "
                         + ", ".join(data.splits))
     for split, tokens in data.splits.items():
-        if len(tokens) <= size:
+        if len(tokens) <= size and data.tokenizer != "recall":
             raise UserError(f"--data {args.data}: the {split} split has {len(tokens)} tokens, one "
                             f"context needs {size + 1}: give more text or a smaller --block-size")
         if int(tokens.max()) >= data.vocab_size:
@@ -358,14 +358,15 @@ class Machine:
         except (RuntimeError, AssertionError) as e:
             raise UserError(f"--device {name}: {str(e).splitlines()[0]}")
         cuda = self.device.type == "cuda"
-        bf16 = cuda and torch.cuda.is_bf16_supported()
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = precision or ("bf16" if bf16 else "fp32")
         if self.precision == "bf16":                        # what autocast leaves in fp32 uses tf32
             torch.set_float32_matmul_precision("high")
         if self.world > 1:
             if cuda:
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if cuda else "gloo")
+            # The others wait while the first process downloads and tokenises.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
         name = (torch.cuda.get_device_name(self.device) if cuda
                 else f"{name}, {torch.get_num_threads()} threads")
         self.name = f"{self.world} x {name}" if self.world > 1 else name
@@ -478,15 +479,16 @@ def resume(path, identity, model, optimizer, machine):
                             "give the options that it was started with, or another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    progress, log = state["progress"], path.with_name("log.jsonl")
+    if machine.rank > 0:                                    # the random numbers saved are rank 0's
+        return progress
     torch.set_rng_state(state["rng"])
     if machine.device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], machine.device)
-    log = path.with_name("log.jsonl")
-    if machine.rank == 0 and log.exists():                  # forget what the checkpoint does
-        lines = [line for line in log.read_text().splitlines(keepends=True)
-                 if json.loads(line)["step"] <= state["progress"]["step"]]
-        log.write_text("".join(lines))
-    return state["progress"]
+    if log.exists():                                        # drop what is newer than the checkpoint
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(lines[:progress["evaluations"]]))
+    return progress
 
 
 def train(args, data, machine):
@@ -494,18 +496,21 @@ def train(args, data, machine):
     out = Path(args.out)
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     try:
-        config = GPTConfig(data.vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd,
-                           args.dropout, args.attention, args.position, args.exp_temperature)
+        config = GPTConfig(vocab_size=data.vocab_size, **{
+            key: getattr(args, key) for key in ("block_size", "n_layer", "n_head", "n_embd",
+                                                "dropout", "attention", "position",
+                                                "exp_temperature")})
     except ValueError as e:
         raise UserError(str(e))
     torch.manual_seed(args.seed)
     raw_model = GPT(config).to(machine.device)
+    torch.manual_seed(args.seed + machine.rank)             # other dropout in each process
     optimizer = torch.optim.AdamW(raw_model.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.95), fused=True)
-    # What must be the same for a resumed run to be the same run.
+    # What --resume does not change. The other options may, and hold from there on.
     identity = {"data": data.name, "tokenizer": data.tokenizer, "seed": args.seed,
                 "batch_size": args.batch_size, **asdict(config)}
-    progress = {"step": 0, "seconds": 0.0, "losses": [], "valid": None}
+    progress = {"step": 0, "seconds": 0.0, "losses": [], "valid": None, "evaluations": 0}
     if args.resume:
         progress = resume(checkpoint, identity, raw_model, optimizer, machine)
     elif checkpoint.exists() and not args.overwrite:
@@ -518,7 +523,7 @@ def train(args, data, machine):
     compiled = torch.compile(raw_model) if args.compile else raw_model
     model = DistributedDataParallel(compiled) if machine.world > 1 else compiled
     if machine.rank == 0:
-        print_header(args, data, machine, raw_model)
+        print_header(args, data, machine, compiled)
 
     def save():
         if machine.rank == 0:
@@ -530,6 +535,7 @@ def train(args, data, machine):
             save_checkpoint(checkpoint, state)
 
     interrupted = []                    # Ctrl-C is noted at once and acted upon between two steps
+    before = signal.getsignal(signal.SIGINT)
     if machine.world == 1:
         signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     n, tokens_per_step = data.examples("train", args.block_size), args.batch_size * args.block_size
@@ -555,12 +561,12 @@ def train(args, data, machine):
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}")
                 if not math.isfinite(mean):
                     raise UserError(f"the loss is {mean} at step {progress['step']}: try a lower "
-                                    "--lr or --precision fp32, with --resume to go on from the "
-                                    "last checkpoint")
+                                    "--lr or --precision fp32; the last checkpoint is untouched")
             if evaluation:
                 progress["seconds"] += time.perf_counter() - start
                 progress["valid"] = evaluate(compiled, data, "valid", args, machine)
                 progress["losses"] = []
+                progress["evaluations"] += 1
                 if machine.rank == 0:
                     line = {"step": progress["step"], "tokens": progress["step"] * tokens_per_step,
                             "train_loss": mean, "valid": progress["valid"],
@@ -571,7 +577,8 @@ def train(args, data, machine):
                               + "  ".join(f"{k} {v:.4f}" for k, v in line["valid"].items()))
                 save()
                 start = time.perf_counter()
-    if progress["step"] < args.steps:
+    signal.signal(signal.SIGINT, before)
+    if interrupted and progress["step"] < args.steps:
         progress["losses"] = [float(x) for x in progress["losses"]]
         progress["seconds"] += time.perf_counter() - start
         save()
@@ -603,10 +610,11 @@ def print_header(args, data, machine, model):
     print(f"model   {args.attention} attention, {count_parameters(model):,} parameters: "
           f"{args.n_layer} layers, {args.n_head} heads, width {args.n_embd}, "
           f"context {args.block_size}")
-    trial = list(range(min(args.micro_batch, args.batch_size // machine.world)))
+    trial = [0] * min(args.micro_batch, args.batch_size // machine.world)
+    devices = [machine.device] if machine.device.type == "cuda" else []
     for _ in range(2):                                      # the first one warms up
         start = time.perf_counter()
-        with torch.random.fork_rng():                       # leaves dropout's numbers alone
+        with torch.random.fork_rng(devices):                # leaves dropout's numbers alone
             float(backward(model, data, trial, args, machine))
         seconds = (time.perf_counter() - start) / len(trial) / machine.world
     model.zero_grad(set_to_none=True)
@@ -619,26 +627,25 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def encode(tokenizer, text):
-    return list(text.encode()) if tokenizer == "bytes" else gpt2_encoding().encode_ordinary(text)
-
-
-def decode(tokenizer, ids):
-    if tokenizer == "bytes":
-        return bytes(ids).decode(errors="replace")
-    return gpt2_encoding().decode(ids)
-
-
 def sample(model, tokenizer, prompt, args, machine):
-    """The prompt and what the model makes of it; as much as a bounded model has room for."""
-    ids = encode(tokenizer, prompt)
+    """The prompt, text or token ids, and what the model makes of it; as long as there is room."""
+    if tokenizer == "bytes":
+        encode, decode = str.encode, lambda ids: bytes(ids).decode(errors="replace")
+    elif tokenizer == "gpt2":
+        encode, decode = gpt2_encoding().encode_ordinary, gpt2_encoding().decode
+    else:
+        raise UserError(f"a model of {tokenizer!r} tokens has no text to continue")
+    ids = list(encode(prompt)) if isinstance(prompt, str) else prompt
     limit = model.config.max_length
     new = args.sample_tokens if limit is None else min(args.sample_tokens, limit - len(ids))
     if not ids or new < 1:
-        raise UserError(f"a prompt of {len(ids)} tokens: it needs at least one and "
-                        f"{'' if limit is None else f'at most {limit - 1}'}")
+        raise UserError(f"a prompt of {len(ids)} tokens: it takes at least 1"
+                        + ("" if limit is None else f" and at most {limit - 1}"))
     idx = torch.tensor([ids], device=machine.device)
-    return decode(tokenizer, model.generate(idx, new, args.temperature, args.top_k)[0].tolist())
+    try:
+        return decode(model.generate(idx, new, args.temperature, args.top_k)[0].tolist())
+    except KeyError as e:
+        raise UserError(f"the model's token {e} is not in GPT-2's vocabulary")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -676,21 +683,21 @@ def parse_args(argv=None):
     p.add_argument("--position", choices=["learned", "rotary"], help="positions (preset)")
     p.add_argument("--preset", choices=[name for name in PRESETS if name != "recall"],
                    help="tiny (default without a GPU), small, or gpt2 (default with one): sets "
-                   "every option below that is marked (preset)")
+                   "every option marked (preset); --data recall has its own")
     for name, kind, text in (
             ("n-layer", positive, "blocks"), ("n-head", positive, "heads of a block"),
             ("n-embd", positive, "width"), ("block-size", positive, "context in tokens"),
             ("dropout", amount, "on embeddings and block outputs"),
             ("batch-size", positive, "sequences of one step, over all GPUs"),
-            ("micro-batch", positive, "sequences at once on a GPU; changes memory, not results"),
+            ("micro-batch", positive, "sequences at once on a GPU: less memory, the same step"),
             ("steps", positive, "optimizer steps"), ("lr", amount, "peak learning rate"),
             ("epochs", amount, "passes over the data, instead of --steps"),
             ("eval-every", positive, "steps between evaluations, each with a checkpoint")):
         p.add_argument(f"--{name}", type=kind, help=f"{text} (preset)")
     p.add_argument("--warmup", type=amount, default=0.02, help="share of steps (%(default)s)")
-    p.add_argument("--weight-decay", type=amount, help="of matrices (0.1, 0.3 for recall)")
+    p.add_argument("--weight-decay", type=amount, default=0.1, help="of matrices (%(default)s)")
     p.add_argument("--grad-clip", type=amount, default=1.0, help="gradient norm (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of weights and data order (%(default)s)")
+    p.add_argument("--seed", type=amount, default=0, help="of weights and data order (%(default)s)")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 where the GPU has it")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -705,14 +712,16 @@ def parse_args(argv=None):
     gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     args.data = args.data or ("wikitext103" if gpu else "stdlib")
     preset = "recall" if args.data == "recall" else args.preset or ("gpt2" if gpu else "tiny")
+    args.seed = int(args.seed)
+    if args.epochs == 0:
+        p.error("--epochs must be above 0")
     if args.steps and args.epochs:
         p.error("--steps and --epochs: give one of them")
     for key, value in PRESETS[preset].items():
         if getattr(args, key) is None and not (key == "epochs" and args.steps):
             setattr(args, key, value)
     args.position = args.position or "learned"
-    args.weight_decay = 0.1 if args.weight_decay is None else args.weight_decay
-    args.out = args.out or f"out/{Path(args.data).resolve().stem}-{args.attention}"
+    args.out = args.out or f"out/{Path(args.data).resolve().name}-{args.attention}"
     return args
 
 
@@ -739,15 +748,14 @@ def main(argv=None):
         if result is None:
             return 130
         if machine.rank == 0:
-            if data.tokenizer != "recall":
-                try:
-                    prompt = decode(data.tokenizer, data.splits["valid"][:32].tolist())
-                    print(f"sample  {sample(model, data.tokenizer, prompt, args, machine)!r}")
-                except UserError as e:
-                    print(f"no sample: {e}")
             part = Path(args.out) / "result.json.part"
             part.write_text(json.dumps(result) + "\n")
             part.replace(Path(args.out) / "result.json")
+            try:
+                prompt = data.splits["valid"].flatten()[:32].tolist()
+                print(f"sample  {sample(model, data.tokenizer, prompt, args, machine)!r}")
+            except UserError as e:
+                print(f"no sample: {e}")
             print(json.dumps(result))
         return 0
     except UserError as e:

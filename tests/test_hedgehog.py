@@ -168,8 +168,8 @@ def test_attention_is_its_weights_times_the_values(attention):
     layer, positions = model(attention, position="rotary").blocks[0].attn, torch.arange(T)
     x = torch.randn(B, T, H * D, dtype=torch.float64)
     a = layer.weights(x, positions)
-    assert torch.allclose(a.sum(-1), torch.ones_like(a[..., 0])) or attention in ("relu", "t2r",
-                                                                                 "cosformer")
+    if attention not in ("relu", "t2r", "cosformer"):       # whose rows may be all zero
+        assert torch.allclose(a.sum(-1), torch.ones_like(a[..., 0]))
     y = a @ layer.project(x, positions)[2]
     assert torch.allclose(layer(x, positions)[0], layer.proj(y.transpose(1, 2).flatten(2)))
 

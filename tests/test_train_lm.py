@@ -21,14 +21,17 @@ import train_lm
 from hedgehog import FEATURE_MAPS
 
 SCRIPT = Path(train_lm.__file__)
-TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --micro-batch 2 "
-        "--steps 6 --eval-every 2 --sample-tokens 5").split()
+SHAPE = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
+         "--micro-batch 2").split()
+TINY = [*SHAPE, *"--steps 6 --eval-every 2 --sample-tokens 5".split()]
 LINES = "".join(f"line {i} of {i * i % 97} words\n" for i in range(400))
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
+def on_a_cpu_in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")          # for the processes that tests start
 
 
 @pytest.fixture
@@ -154,7 +157,7 @@ def test_folder_of_bins(capsys, small_bpe):
 
 
 def test_stdlib(capsys):
-    code, out, _ = run(capsys, "--data", "stdlib", "--out", "o", *TINY[:-6], "--steps", 2,
+    code, out, _ = run(capsys, "--data", "stdlib", "--out", "o", *SHAPE, "--steps", 2,
                        "--eval-every", 2, "--block-size", 64, "--micro-batch", 64)
     assert code == 0 and "byte-bigram" in out
     a, b = (train_lm.load_stdlib(None, None).splits for _ in range(2))
@@ -177,12 +180,12 @@ def test_recall_task():
         table = {}
         for t in range(0, 63, 2):
             key = keys_values[t]
-            assert 0 <= key < 20 and targets[t] == table.get(key, -1)
+            assert 0 <= key < 16 and targets[t] == table.get(key, -1)
             if t + 1 < 63:
                 assert targets[t + 1] == -1
                 assert table.setdefault(key, keys_values[t + 1]) == keys_values[t + 1]
     _, y = data.batch("valid", range(100), 63)
-    assert (y[:, :-1] == -1).all() and (y[:, -1] >= 20).all()
+    assert (y[:, :-1] == -1).all() and (y[:, -1] >= 16).all()
     assert not np.array_equal(data.splits["valid"], data.splits["test"])
 
 
@@ -281,7 +284,7 @@ def wait_for_lines(path, n, process):
         time.sleep(0.01)
 
 
-LONG = [*TINY[:-6], "--steps", "60", "--eval-every", "5", "--dropout", "0.1", "--data", "text.txt"]
+LONG = [*SHAPE, "--steps", "60", "--eval-every", "5", "--dropout", "0.1", "--data", "text.txt"]
 
 
 def test_resume_after_kill_is_the_uninterrupted_run(capsys, text):
@@ -383,6 +386,7 @@ def test_accumulation_gives_the_losses_of_one_batch(capsys, text):
 @pytest.mark.parametrize("args, words", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--steps 0", "--steps"), ("--steps x", "--steps"), ("--lr -1", "--lr"),
+    ("--epochs 0", "--epochs"), ("--dropout 1", "dropout 1.0 is not"), ("--seed -1", "--seed"),
     ("--attention linear", "--attention"),
     ("--steps 3 --epochs 2", "one of them"),
     ("--n-head 3", "n_embd 16 is not a multiple of n_head 3"),
@@ -396,7 +400,7 @@ def test_one_clear_line_and_exit_code_2(capsys, text, monkeypatch, args, words):
     def offline(name):
         raise ConnectionError
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    assert words in failure(capsys, "--data", text, *TINY[:-6], *args.split())
+    assert words in failure(capsys, "--data", text, *SHAPE, *args.split())
     assert not Path("out").exists() or not list(Path("out").rglob("*.pt"))
 
 
@@ -408,9 +412,21 @@ def test_empty_and_incomplete_data(capsys):
     assert "found only train" in failure(capsys, "--data", "d", *TINY)
 
 
-def test_every_option_has_a_help_text(capsys):
-    code, out, _ = run(capsys, "--help")
-    assert code == 0
-    parser_lines = out[out.index("options:"):]
-    for option in ("--data", "--resume", "--micro-batch", "--exp-temperature", "--top-k"):
-        assert option in parser_lines
+def test_a_recall_model_has_no_text(capsys):
+    args = ["--data", "recall", "--block-size", 15, "--n-layer", 1, "--steps", 1, "--out", "o"]
+    code, out, _ = run(capsys, *args)
+    assert code == 0 and "no sample" in out
+    assert "no text" in failure(capsys, "--data", "recall", "--out", "o", "--sample", "c 7")
+
+
+def test_data_smaller_than_a_batch(capsys):
+    Path("d").mkdir()
+    for split in train_lm.SPLITS:
+        (Path("d") / f"{split}.txt").write_text(LINES[:40])     # two examples, batches of four
+    result(capsys, "--data", "d", "--out", "o", *TINY)
+
+
+def test_text_without_line_ends_is_split_too():
+    Path("one.txt").write_text("x" * 1000)
+    splits = train_lm.load_path(Path("one.txt"), None, Path("data")).splits
+    assert [len(splits[s]) for s in train_lm.SPLITS] == [900, 50, 50]

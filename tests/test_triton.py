@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+pytest.importorskip("triton")
+
 from kernel import (EPS, chunked_linear_attention, hedgehog_attention, hedgehog_features,
                     linear_attention, naive_linear_attention)
 
