@@ -43,9 +43,9 @@ from hedgehog import FEATURE_MAPS, GPT, GPTConfig
 # Shape and budget by hardware; --batch-size is the sequences of one optimizer step over all GPUs.
 PRESETS = {
     # A laptop: minutes.
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=16, micro_batch=16,
-                 steps=500, lr=2e-3, dropout=0.0, eval_every=125),
-    # One GPU: minutes. One pass over the data.
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, micro_batch=8,
+                 steps=1500, lr=3e-3, dropout=0.0, eval_every=500),
+    # One GPU: minutes; one pass over the data.
     "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, batch_size=16, micro_batch=16,
                   epochs=1, lr=1e-3, dropout=0.0, eval_every=200),
     # The paper's WikiText-103 model. The budget is that of the same lab's recipe (H3, Hyena).
