@@ -656,18 +656,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def positive(text):
-    """Whole and above 0."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+def at_least(low, kind):
+    """An argparse type."""
+    def parse(text):
+        try:
+            if (value := kind(text)) >= low:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'whole' if kind is int else 'a number'}"
+                                         f" and at least {low}")
+    return parse
 
 
-def amount(text):
-    """Not negative."""
-    if not (value := float(text)) >= 0:
-        raise ValueError
-    return value
+positive, whole, amount = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
 def parse_args(argv=None):
@@ -697,7 +699,7 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=amount, default=0.02, help="share of steps (%(default)s)")
     p.add_argument("--weight-decay", type=amount, default=0.1, help="of matrices (%(default)s)")
     p.add_argument("--grad-clip", type=amount, default=1.0, help="gradient norm (%(default)s)")
-    p.add_argument("--seed", type=amount, default=0, help="of weights and data order (%(default)s)")
+    p.add_argument("--seed", type=whole, default=0, help="of weights and data order (%(default)s)")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 where the GPU has it")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -712,7 +714,6 @@ def parse_args(argv=None):
     gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     args.data = args.data or ("wikitext103" if gpu else "stdlib")
     preset = "recall" if args.data == "recall" else args.preset or ("gpt2" if gpu else "tiny")
-    args.seed = int(args.seed)
     if args.epochs == 0:
         p.error("--epochs must be above 0")
     if args.steps and args.epochs:
