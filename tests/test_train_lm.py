@@ -351,6 +351,16 @@ def test_full_disk_keeps_the_checkpoint_before(text):
     assert not list(Path("o").glob("*.part"))
 
 
+def test_a_checkpoint_is_renamed_into_place(tmp_path):
+    """Not written over: a kill in the middle of that would leave half a file."""
+    path = tmp_path / "checkpoint.pt"
+    train_lm.save_checkpoint(path, {"step": 1})
+    with open(path, "rb") as first:
+        train_lm.save_checkpoint(path, {"step": 2})
+        assert torch.load(first)["step"] == 1               # the first file is as it was
+    assert torch.load(path)["step"] == 2
+
+
 def test_sample_from_a_checkpoint(capsys, text):
     result(capsys, "--data", text, "--out", "o", *TINY)
     code, out, _ = run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)
