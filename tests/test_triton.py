@@ -1,14 +1,19 @@
 """The kernels against the definition in float64: in Triton's interpreter on a CPU, with tiles so
 small that small inputs cross their edges, and compiled on a GPU if there is one."""
 
+import sys
+
 import pytest
 import torch
 import torch.utils.checkpoint
 
-pytest.importorskip("triton")
+if sys.platform == "linux":     # where requirements.txt has it: missing is an error, not a skip
+    import triton  # noqa: F401
+else:
+    pytest.importorskip("triton")
 
 from kernel import (EPS, chunked_linear_attention, hedgehog_attention, hedgehog_features,
-                    linear_attention, naive_linear_attention)
+                    kernels_take, linear_attention, naive_linear_attention)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -47,6 +52,12 @@ def assert_close(results, references, tolerance, floor=0.0):
     for name, x, r in zip(("y", "dq", "dk", "dv", "dW_q", "dW_k"), results, references):
         assert x.shape == r.shape
         assert error(x, r, floor) <= tolerance, (name, error(x, r, floor))
+
+
+@interpreted
+def test_the_interpreter_runs_the_kernels():
+    """Without this the tests below could all be of the PyTorch path that takes over."""
+    assert kernels_take(torch.zeros(1, 1, 1, 16), 32, TINY["chunk"])
 
 
 # -- the backward equations, in the words of kernel.py but T x T --------------------------------
