@@ -2,7 +2,7 @@
 
 Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
 Mimicry", arXiv 2402.04347. From top to bottom: feature maps (`FEATURE_MAPS`), softmax attention,
-one attention layer that can be either, the GPT around it.
+how alike two attentions are, one attention layer that can be either, the GPT around it.
 
 Glossary
     code            paper           shape               what
@@ -40,6 +40,8 @@ class GPTConfig:
     attention: str = "hedgehog"     # "softmax" or a name in FEATURE_MAPS
     position: str = "learned"       # "learned" (GPT-2) or "rotary"
     exp_temperature: float = 1.0    # t of the map "exp"
+    causal: bool = True             # False: an encoder, every token sees all
+    num_classes: int = 0            # above 0: classify sequences, not predict tokens
 
     def __post_init__(self):
         if self.attention not in ("softmax", *FEATURE_MAPS):
@@ -82,9 +84,9 @@ class FeatureMap(nn.Module):
     def forward(self, q, k, positions):
         return self.phi(q), self.phi(k)
 
-    def attend(self, q, k, v, positions, state=None):
-        """Causal linear attention with these features: y (B, H, T, d), the state after them."""
-        return chunked_linear_attention(*self(q, k, positions), v, state=state)
+    def attend(self, q, k, v, positions, state=None, causal=True, key_mask=None):
+        """Linear attention with these features: y (B, H, T, d), the state after them."""
+        return chunked_linear_attention(*self(q, k, positions), v, causal, key_mask, state)
 
 
 def identity_per_head(config):
@@ -109,9 +111,11 @@ class Hedgehog(FeatureMap):
     def forward(self, q, k, positions):
         return hedgehog_features(q, self.w_q), hedgehog_features(k, self.w_k)
 
-    def attend(self, q, k, v, positions, state=None):
-        """The same numbers as FeatureMap.attend, on a GPU from fused kernels."""
-        return hedgehog_attention(q, k, v, self.w_q, self.w_k, state)
+    def attend(self, q, k, v, positions, state=None, causal=True, key_mask=None):
+        """The same numbers as FeatureMap.attend; causal ones on a GPU from fused kernels."""
+        if causal and key_mask is None:
+            return hedgehog_attention(q, k, v, self.w_q, self.w_k, state)
+        return super().attend(q, k, v, positions, state, causal, key_mask)
 
 
 def exp_features(q, k):
@@ -248,9 +252,9 @@ def softmax_attention_weights(q, k, causal=True, key_mask=None):
 
 
 def softmax_attention(q, k, v, causal=True, key_mask=None):
-    """softmax_attention_weights(q, k) @ v; causal, it never holds the weights (FlashAttention)."""
-    if causal and key_mask is None and q.size(2) == k.size(2):
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    """softmax_attention_weights(q, k) @ v; without a mask it never holds the weights."""
+    if key_mask is None and q.size(2) == k.size(2):         # FlashAttention on a GPU
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return functional.scaled_dot_product_attention(q, k, v,
                                                    visible(q, k, causal, key_mask))
 
@@ -273,19 +277,76 @@ def rotate(x, positions):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
+# --- how spiky, how monotone, how alike -----------------------------------------------------------
+#
+# Weights are (B, H, T_q, T_k). Each figure is a mean over batch, heads and all queries, the first
+# ones of a causal sequence too, though they have few keys to choose from; `queries` (B, T_q) is
+# False at those left out, padding.
+
+SMALLEST = 1e-12        # weights below count as this in a logarithm: ReLU features give exact zeros
+
+
+def mean_over_queries(x, queries):
+    """x (B, H, T_q) -> its mean where `queries` is True."""
+    if queries is None:
+        return x.mean()
+    return (x * queries.unsqueeze(1)).sum() / (queries.sum() * x.size(1))
+
+
+def attention_cross_entropy(teacher, student, queries=None):
+    """-sum_j a_ij log b_ij, a the teacher's weights and b the student's: the distillation loss."""
+    return mean_over_queries(-(teacher * student.clamp(min=SMALLEST).log()).sum(-1), queries)
+
+
+def entropy(weights, queries=None):
+    """-sum_j a_ij log a_ij in nats: 0 on a single key, log n on n keys alike. Spiky is low."""
+    return attention_cross_entropy(weights, weights, queries)
+
+
+def attention_kl(teacher, student, queries=None):
+    """KL(teacher || student) = sum_j a_ij log(a_ij / b_ij) in nats: 0 where they are the same."""
+    return attention_cross_entropy(teacher, student, queries) - entropy(teacher, queries)
+
+
+def monotonicity(weights, q, k, causal=True, key_mask=None):
+    """Spearman's rank correlation of a_ij with q_i.k_j over the keys of each query that has two.
+
+    1 if the weight always grows with q.k, as softmax's does; 0 for weights that are all alike.
+    """
+    seen = visible(q, k, causal, key_mask).expand(weights.shape)
+    n = seen.sum(-1)                                        # keys of each query
+    r, s = (ranks(x.masked_fill(~seen, math.inf)) - (n.unsqueeze(-1) - 1) / 2
+            for x in (weights, q @ k.mT))                   # from -(n-1)/2 to (n-1)/2: mean 0
+    r, s = r * seen, s * seen
+    correlation = (r * s).sum(-1) / (r.square().sum(-1) * s.square().sum(-1)).sqrt().clamp(min=0.25)
+    counted = n > 1
+    if key_mask is not None:
+        counted = counted & key_mask[:, None, -q.size(2):]
+    return (correlation * counted).sum() / counted.sum()
+
+
+def ranks(x):
+    """0, 1, ... in ascending order along the last axis; equal elements share their mean rank."""
+    in_order = x.sort(-1).values
+    return (torch.searchsorted(in_order, x) + torch.searchsorted(in_order, x, right=True) - 1) / 2
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention, softmax or linear as config.attention says."""
+    """Multi-head attention, softmax or linear as config.attention says."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.rotary = config.n_head, config.position == "rotary"
+        self.n_head, self.causal = config.n_head, config.causal
+        self.rotary = config.position == "rotary"
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.feature_map = (None if config.attention == "softmax"
                             else FEATURE_MAPS[config.attention](config))
+        self.linear = self.feature_map is not None          # False: softmax, a map only stands by
+        self.watch = None               # called with (self, q, k, positions, key_mask) each time
 
     def project(self, x, positions):
         """Hidden states (B, T, n_embd) -> q, k, v (B, H, T, d), rotated if positions are rotary."""
@@ -298,27 +359,29 @@ class Attention(nn.Module):
     def weights(self, x, positions):
         """The attention weights (B, H, T, T) of hidden states x, to look at: O(T^2)."""
         q, k, _ = self.project(x, positions)
-        if self.feature_map is None:
-            return softmax_attention_weights(q, k)
-        return linear_attention_weights(*self.feature_map(q, k, positions))
+        if not self.linear:
+            return softmax_attention_weights(q, k, self.causal)
+        return linear_attention_weights(*self.feature_map(q, k, positions), self.causal)
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, positions, cache=None, key_mask=None):
         """x (B, T, n_embd) -> the same shape, and what later tokens need to know of these.
 
         The cache is (k, v) of all tokens so far for softmax, the state (S, z) for linear attention.
+        `key_mask` (B, T) is False at padding.
         """
         q, k, v = self.project(x, positions)
-        if self.feature_map is None:
+        if self.watch is not None:
+            self.watch(self, q, k, positions, key_mask)
+        if not self.linear:
             if cache is not None:
                 k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-            y, cache = softmax_attention(q, k, v), (k, v)
+            y, cache = softmax_attention(q, k, v, self.causal, key_mask), (k, v)
+        elif self.causal and x.size(1) == 1:                # a step of generation
+            phi_q, phi_k = self.feature_map(q, k, positions)
+            y, cache = recurrent_step(phi_q.squeeze(2), phi_k.squeeze(2), v.squeeze(2), cache)
+            y = y.unsqueeze(2)
         else:
-            if x.size(1) == 1:                              # a step of generation
-                phi_q, phi_k = self.feature_map(q, k, positions)
-                y, cache = recurrent_step(phi_q.squeeze(2), phi_k.squeeze(2), v.squeeze(2), cache)
-                y = y.unsqueeze(2)
-            else:
-                y, cache = self.feature_map.attend(q, k, v, positions, cache)
+            y, cache = self.feature_map.attend(q, k, v, positions, cache, self.causal, key_mask)
         return self.proj(y.transpose(1, 2).flatten(2)), cache
 
 
@@ -334,14 +397,14 @@ class Block(nn.Module):
                                  nn.Linear(4 * config.n_embd, config.n_embd))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, positions, cache=None):
-        y, cache = self.attn(self.ln_1(x), positions, cache)
+    def forward(self, x, positions, cache=None, key_mask=None):
+        y, cache = self.attn(self.ln_1(x), positions, cache, key_mask)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.ln_2(x))), cache
 
 
 class GPT(nn.Module):
-    """GPT-2 with the attention that config names. idx and targets are (B, T) token ids."""
+    """GPT-2 with the attention that config names; with num_classes a classifier of sequences."""
 
     def __init__(self, config):
         super().__init__()
@@ -352,8 +415,11 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight               # tied, as in GPT-2
+        if config.num_classes:
+            self.classifier = nn.Linear(config.n_embd, config.num_classes)
+        else:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head.weight = self.wte.weight           # tied, as in GPT-2
         # GPT-2's initialisation, its 0.02 taken as 0.55 / sqrt(width) so that a narrow model starts
         # with activations of the same size (with 0.02 at width 64 not even softmax attention learns
         # recall). It names Linear and Embedding only: the feature maps, which hold bare parameters,
@@ -374,11 +440,11 @@ class GPT(nn.Module):
                              "this model was built for; with position='rotary' there is no limit "
                              "(except for attention='cosformer')")
 
-    def hidden(self, idx, caches=None, start=0):
+    def hidden(self, idx, caches=None, start=0, key_mask=None):
         """Token ids at positions start, start + 1, ... -> hidden states (B, T, n_embd), new caches.
 
         `caches` is a list with what each block returned for the tokens before start (None at 0);
-        without it nothing is kept.
+        without it nothing is kept. `key_mask` (B, T) is False at padding.
         """
         end = start + idx.size(1)
         self.check_length(end)
@@ -388,17 +454,27 @@ class GPT(nn.Module):
             x = x + self.wpe(positions)
         x, kept = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            x, cache = block(x, positions, None if caches is None else caches[i])
+            x, cache = block(x, positions, None if caches is None else caches[i], key_mask)
             if caches is not None:
                 kept.append(cache)
         return self.ln_f(x), kept
 
-    def forward(self, idx, targets=None):
-        """Logits (B, T, vocab_size), and the mean loss in nats over the targets that are not -1."""
-        logits = self.lm_head(self.hidden(idx)[0])
+    def forward(self, idx, targets=None, key_mask=None):
+        """Logits, and the mean loss in nats over the targets that are not -1.
+
+        idx (B, T); targets (B, T) and logits (B, T, vocab_size), or as a classifier, which averages
+        the hidden states of all tokens but padding, (B) and (B, num_classes).
+        """
+        x = self.hidden(idx, key_mask=key_mask)[0]
+        if self.config.num_classes:
+            weight = torch.ones_like(idx) if key_mask is None else key_mask
+            weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)   # (B, T, 1)
+            logits = self.classifier((x * weight).sum(1))
+        else:
+            logits = self.lm_head(x)
         if targets is None:
             return logits, None
-        return logits, functional.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+        return logits, functional.cross_entropy(logits.flatten(0, -2), targets.flatten(),
                                                 ignore_index=-1)
 
     @torch.no_grad()
@@ -408,6 +484,8 @@ class GPT(nn.Module):
         The prompt goes through in parallel, then a token at a time from the caches: constant
         memory and time a token with linear attention, both growing with softmax.
         """
+        if self.config.num_classes or not self.config.causal:
+            raise ValueError("only a causal model without num_classes generates")
         training, caches, start, new = self.training, [None] * self.config.n_layer, 0, idx
         self.check_length(idx.size(1) + max_new_tokens)
         self.eval()

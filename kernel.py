@@ -50,10 +50,13 @@ def hedgehog_features(x, w):
 
 
 def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
-    """The weights a_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m), (B, H, T, T)."""
-    A = phi_q @ phi_k.mT                                    # (B, H, T, T)
+    """The weights a_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m), (B, H, T_q, T_k).
+
+    With T_q < T_k the queries are the last T_q tokens.
+    """
+    A = phi_q @ phi_k.mT                                    # (B, H, T_q, T_k)
     if causal:
-        A = A.tril()
+        A = A.tril(A.size(-1) - A.size(-2))
     if key_mask is not None:
         A = A * key_mask[:, None, None, :]
     return A / (A.sum(-1, keepdim=True) + EPS)
