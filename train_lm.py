@@ -397,13 +397,17 @@ def example_order(step, batch_size, n, seed):
     return [int(shuffle(n, seed, i // n)[i % n]) for i in places]
 
 
-def learning_rate(step, args):
-    """Linear warm-up over the first --warmup of all steps, then a cosine down to --lr / 10."""
-    warmup = max(1, round(args.warmup * args.steps))
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over the first `warmup` of all steps, then a cosine down to peak / 10."""
+    warmup = max(1, round(warmup * steps))
     if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def adamw(parameters, lr):
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def backward(model, data, examples, args, machine):
@@ -458,8 +462,29 @@ def save_checkpoint(path, state):
                         "another --out; the checkpoint before it is untouched")
 
 
+def checkpoint_state(model, optimizer, progress, identity, machine):
+    """All that --resume and --sample need. `progress` is what train() counts, no_progress() at first;
+    `identity` (see run_identity) is what a resumed run has to agree on."""
+    state = {"config": asdict(model.config), "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "progress": progress, "identity": identity,
+             "rng": torch.get_rng_state()}
+    if machine.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(machine.device)
+    return state
+
+
+def run_identity(args, data, config):
+    """What --resume does not change. The other options may, and hold from there on."""
+    return {"data": data.name, "tokenizer": data.tokenizer, "seed": args.seed,
+            "batch_size": args.batch_size, **asdict(config)}
+
+
+def no_progress():
+    return {"step": 0, "seconds": 0.0, "losses": [], "valid": None, "evaluations": 0}
+
+
 def load_checkpoint(path):
-    """What `save` in train() wrote; "config" as a GPTConfig."""
+    """What checkpoint_state made; "config" as a GPTConfig."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "config": GPTConfig(**state["config"])}
@@ -505,12 +530,8 @@ def train(args, data, machine):
     torch.manual_seed(args.seed)
     raw_model = GPT(config).to(machine.device)
     torch.manual_seed(args.seed + machine.rank)             # other dropout in each process
-    optimizer = torch.optim.AdamW(raw_model.parameter_groups(args.weight_decay), lr=args.lr,
-                                  betas=(0.9, 0.95), fused=True)
-    # What --resume does not change. The other options may, and hold from there on.
-    identity = {"data": data.name, "tokenizer": data.tokenizer, "seed": args.seed,
-                "batch_size": args.batch_size, **asdict(config)}
-    progress = {"step": 0, "seconds": 0.0, "losses": [], "valid": None, "evaluations": 0}
+    optimizer = adamw(raw_model.parameter_groups(args.weight_decay), args.lr)
+    identity, progress = run_identity(args, data, config), no_progress()
     if args.resume:
         progress = resume(checkpoint, identity, raw_model, optimizer, machine)
     elif checkpoint.exists() and not args.overwrite:
@@ -527,12 +548,8 @@ def train(args, data, machine):
 
     def save():
         if machine.rank == 0:
-            state = {"config": asdict(config), "model": raw_model.state_dict(),
-                     "optimizer": optimizer.state_dict(), "progress": progress,
-                     "identity": identity, "rng": torch.get_rng_state()}
-            if machine.device.type == "cuda":
-                state["cuda_rng"] = torch.cuda.get_rng_state(machine.device)
-            save_checkpoint(checkpoint, state)
+            save_checkpoint(checkpoint, checkpoint_state(raw_model, optimizer, progress, identity,
+                                                         machine))
 
     interrupted = []                    # Ctrl-C is noted at once and acted upon between two steps
     before = signal.getsignal(signal.SIGINT)
@@ -544,7 +561,7 @@ def train(args, data, machine):
         start = time.perf_counter()
         while progress["step"] < args.steps and not interrupted:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress["step"], args)
+                group["lr"] = learning_rate(progress["step"], args.steps, args.lr, args.warmup)
             examples = example_order(progress["step"], args.batch_size, n, args.seed)
             loss = backward(model, data, examples[machine.rank::machine.world], args, machine)
             torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
@@ -635,6 +652,8 @@ def sample(model, tokenizer, prompt, args, machine):
         encode, decode = gpt2_encoding().encode_ordinary, gpt2_encoding().decode
     else:
         raise UserError(f"a model of {tokenizer!r} tokens has no text to continue")
+    if model.config.num_classes:
+        raise UserError("a classifier has no text to continue")
     ids = list(encode(prompt)) if isinstance(prompt, str) else prompt
     limit = model.config.max_length
     new = args.sample_tokens if limit is None else min(args.sample_tokens, limit - len(ids))
@@ -726,50 +745,69 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def one_line_errors(program, args, run):
+    """run()'s exit code, or 2 and one line on what went wrong and what to do."""
     try:
-        machine = Machine(args.device, args.precision)
-        if args.sample is not None:
-            state = load_checkpoint(Path(args.out) / "checkpoint.pt")
-            model = GPT(state["config"])
-            model.load_state_dict(state["model"])
-            torch.manual_seed(args.seed)
-            print(sample(model.to(machine.device), state["identity"]["tokenizer"], args.sample,
-                         args, machine))
-            return 0
-        if args.batch_size % machine.world:
-            raise UserError(f"--batch-size {args.batch_size} does not divide among "
-                            f"{machine.world} processes")
-        data = load_data(args)
-        if args.epochs:
-            args.steps = max(1, math.ceil(args.epochs * data.examples("train", args.block_size)
-                                          / args.batch_size))
-        model, result = train(args, data, machine)
-        if result is None:
-            return 130
-        if machine.rank == 0:
-            part = Path(args.out) / "result.json.part"
-            part.write_text(json.dumps(result) + "\n")
-            part.replace(Path(args.out) / "result.json")
-            try:
-                prompt = data.splits["valid"].flatten()[:32].tolist()
-                print(f"sample  {sample(model, data.tokenizer, prompt, args, machine)!r}")
-            except UserError as e:
-                print(f"no sample: {e}")
-            print(json.dumps(result))
-        return 0
+        return run()
     except UserError as e:
-        print(f"train_lm.py: error: {e}", file=sys.stderr)
+        print(f"{program}: error: {e}", file=sys.stderr)
     except OSError as e:
-        print(f"train_lm.py: error: {e.filename or args.out}: {e.strerror}", file=sys.stderr)
+        print(f"{program}: error: {e.filename or args.out}: {e.strerror}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError:
-        print(f"train_lm.py: error: out of GPU memory: give a smaller --micro-batch than "
+        print(f"{program}: error: out of GPU memory: give a smaller --micro-batch than "
               f"{args.micro_batch}", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 2
+
+
+def load_model(path, machine):
+    """The model of a checkpoint, and the rest of what is in it."""
+    state = load_checkpoint(path)
+    model = GPT(state["config"])
+    model.load_state_dict(state["model"])
+    return model.to(machine.device), state
+
+
+def write_result(out, result):
+    """OUT/result.json, renamed into place."""
+    part = Path(out) / "result.json.part"
+    part.write_text(json.dumps(result) + "\n")
+    part.replace(Path(out) / "result.json")
+
+
+def run(args):
+    machine = Machine(args.device, args.precision)
+    if args.sample is not None:
+        model, state = load_model(Path(args.out) / "checkpoint.pt", machine)
+        torch.manual_seed(args.seed)
+        print(sample(model, state["identity"]["tokenizer"], args.sample, args, machine))
+        return 0
+    if args.batch_size % machine.world:
+        raise UserError(f"--batch-size {args.batch_size} does not divide among "
+                        f"{machine.world} processes")
+    data = load_data(args)
+    if args.epochs:
+        args.steps = max(1, math.ceil(args.epochs * data.examples("train", args.block_size)
+                                      / args.batch_size))
+    model, result = train(args, data, machine)
+    if result is None:
+        return 130
+    if machine.rank == 0:
+        write_result(args.out, result)
+        try:
+            prompt = data.splits["valid"].flatten()[:32].tolist()
+            print(f"sample  {sample(model, data.tokenizer, prompt, args, machine)!r}")
+        except UserError as e:
+            print(f"no sample: {e}")
+        print(json.dumps(result))
+    return 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return one_line_errors("train_lm.py", args, lambda: run(args))
 
 
 if __name__ == "__main__":
