@@ -21,6 +21,8 @@ import argparse
 import contextlib
 import json
 import math
+import random
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -120,7 +122,7 @@ def distill(attentions, forward, micro_batches, steps, lr, bar):
             now = 0.0
             for batch, share in micro_batches(step):
                 forward(batch)
-            take_step(optimizer, maps, step, steps, lr)
+            take_step(optimizer, step, steps, lr)
             losses.append(now)
             advance(bar, losses)
     return torch.stack(losses).tolist() if losses else []
@@ -137,16 +139,16 @@ def finetune(groups, forward, micro_batches, steps, lr, bar):
             loss = share * forward(batch)
             loss.backward()
             now = now + loss.detach()
-        take_step(optimizer, parameters, step, steps, lr)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        take_step(optimizer, step, steps, lr)
         losses.append(now)
         advance(bar, losses)
     return optimizer, torch.stack(losses).tolist()
 
 
-def take_step(optimizer, parameters, step, steps, lr):
+def take_step(optimizer, step, steps, lr):
     for group in optimizer.param_groups:
         group["lr"] = train_lm.learning_rate(step, steps, lr, warmup=0.05)
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -266,13 +268,13 @@ def listops(low, high, sizes, seed=0):
     Tokens are 0 to 9, the operators 10 to 13 and the closing bracket 14. Expressions with low <
     length < high, no two the same. Returns split -> list of (ids, value).
     """
-    rng, seen = np.random.default_rng(seed), set()
+    rng, seen = random.Random(seed), set()
 
     def grow(depth):
         if depth >= 10 or rng.random() >= 0.25:
-            return [int(rng.integers(10))]
-        ids = [10 + int(rng.integers(4))]
-        for _ in range(rng.integers(2, 11)):
+            return [rng.randrange(10)]
+        ids = [rng.randrange(10, 14)]
+        for _ in range(rng.randint(2, 10)):
             ids += grow(depth + 1)
             if len(ids) >= high:                            # too long already, whatever follows
                 break
@@ -299,7 +301,7 @@ def listops_value(ids):
         digits = []
         while stack[-1] < 10:
             digits.append(stack.pop())
-        operator = (min, max, lambda x: int(np.median(x)), lambda x: sum(x) % 10)[stack.pop() - 10]
+        operator = (min, max, lambda x: int(statistics.median(x)), lambda x: sum(x) % 10)[stack.pop() - 10]
         stack.append(operator(digits))
     return int(stack[0])
 
@@ -352,10 +354,10 @@ def attention_layers(model):
 def model_with(config, teacher):
     """A new model of this config with all of the teacher's weights that it has a place for."""
     torch.manual_seed(0)                                    # Performer draws its features
-    model = GPT(config)
+    model = GPT(config).to(next(teacher.parameters()))      # its device and precision
     model.load_state_dict({name: x for name, x in teacher.state_dict().items()
                            if name in model.state_dict()}, strict=False)
-    return model.to(next(teacher.parameters()).device)
+    return model
 
 
 def on_device(task, split, indices):
