@@ -789,10 +789,9 @@ def run(args):
         return 130
     result = {"data": task.name, "figure": task.figure, "rows": rows, "seed": args.seed,
               "seconds": round(time.perf_counter() - start, 1), "device": machine.name,
-              "precision": machine.precision, "torch": torch.__version__,
+              "precision": machine.precision,
               "options": {key: value for key, value in vars(args).items() if value is not None}}
     train_lm.write_result(out, result)
-    print(json.dumps(result))
     return 0
 
 

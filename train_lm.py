@@ -29,7 +29,7 @@ import time
 import urllib.request
 import zipfile
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -612,7 +612,6 @@ def train(args, data, machine):
     result |= {"seconds": round(progress["seconds"], 1),
                "tokens_per_second": round(tokens / progress["seconds"]),
                "device": machine.name, "precision": machine.precision, "seed": args.seed,
-               "torch": torch.__version__, "python": platform.python_version(),
                "config": asdict(config)}
     return raw_model, result
 
@@ -771,10 +770,14 @@ def load_model(path, machine):
 
 
 def write_result(out, result):
-    """OUT/result.json, renamed into place."""
+    """One line of JSON, with how it was come by: printed, and renamed into OUT/result.json."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    line = json.dumps(result | {"command": command, "date": str(date.today()),
+                                "torch": torch.__version__, "python": platform.python_version()})
     part = Path(out) / "result.json.part"
-    part.write_text(json.dumps(result) + "\n")
+    part.write_text(line + "\n")
     part.replace(Path(out) / "result.json")
+    print(line)
 
 
 def run(args):
@@ -795,13 +798,12 @@ def run(args):
     if result is None:
         return 130
     if machine.rank == 0:
-        write_result(args.out, result)
         try:
             prompt = data.splits["valid"].flatten()[:32].tolist()
             print(f"sample  {sample(model, data.tokenizer, prompt, args, machine)!r}")
         except UserError as e:
             print(f"no sample: {e}")
-        print(json.dumps(result))
+        write_result(args.out, result)
     return 0
 
 
