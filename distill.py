@@ -416,9 +416,9 @@ def measure(task, model, linear, maps=None, batches=4):
 
     def look(attention, q, k, positions, key_mask):
         q, k = q.float(), k.float()
-        softmax = weights = softmax_attention_weights(q, k, attention.causal, key_mask)
         m = maps[attentions.index(attention)] if maps else attention.feature_map
         with torch.autocast(q.device.type, enabled=False):
+            softmax = weights = softmax_attention_weights(q, k, attention.causal, key_mask)
             if m is not None:
                 weights = linear_attention_weights(*m(q, k, positions), attention.causal, key_mask)
             figures.append((attention_kl(softmax, weights, key_mask), entropy(softmax, key_mask),
@@ -704,7 +704,7 @@ def transfer(args, machine):
 # --- command line ---------------------------------------------------------------------------------
 
 DEFAULTS = {    # steps and learning rates by task, for --help's (by task)
-    "text": dict(distill_steps=300, distill_lr=1e-2, steps=400, lr=1e-3),
+    "text": dict(distill_steps=300, distill_lr=3e-2, steps=400, lr=1e-3),
     "listops": dict(teacher_steps=3000, teacher_lr=1e-3, distill_steps=500, distill_lr=1e-2,
                     steps=1000, lr=3e-4),
     "glue": dict(teacher_steps=1300, teacher_lr=1e-4, distill_steps=300, distill_lr=1e-2,
