@@ -86,9 +86,15 @@ def source(lines):
 
 
 def recall(title, lines):
+    def paper(name):                                        # of a map, whatever its heads or rate
+        return next((figure for options, figure in PAPER_RECALL.items()
+                     if name.split()[0] != "exp" and options == name.split()[0]
+                     or options == name), "")
+
     rows = [[name, f"{by[0]['steps']:,}", str(len(by)),
-             spread((100 * r["valid"]["accuracy"] for r in by), 1), PAPER_RECALL.get(name, "")]
+             spread((100 * r["valid"]["accuracy"] for r in by), 1), paper(name)]
             for name, by in runs(lines).items()]
+    rows.sort(key=lambda row: -float(row[3].split()[0]))
     return markdown(["attention", "steps", "seeds", "recalled, %", "the paper"], rows, source(lines))
 
 

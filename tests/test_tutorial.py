@@ -153,6 +153,6 @@ if __name__ == "__main__":
 
     def with_output(match):
         printed = next(shown)
-        return f"```python\n{match[1]}```\n" + (f"\n```text\n{printed}```\n" if printed else "")
+        return f"```python\n{match[1]}```\n" + (f"```text\n{printed}```\n" if printed else "")
 
     path.write_text(BLOCK.sub(with_output, path.read_text()))
