@@ -42,8 +42,11 @@ def test_blocks_print_what_is_shown(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)                             # whatever a block wrote would stay here
     # A block sets this where it is not set yet; on a GPU's machine other tests must not see it.
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
-    text = (ROOT / "tutorial.md").read_text()
-    blocks = list(outputs(text))
+    text, threads = (ROOT / "tutorial.md").read_text(), torch.get_num_threads()
+    try:
+        blocks = list(outputs(text))
+    finally:
+        torch.set_num_threads(threads)                      # the first block wants one
     assert len(blocks) == text.count("```python") > 10
     for line, expected, printed in blocks:
         assert printed == expected, f"tutorial.md, block at line {line}"
