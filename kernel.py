@@ -144,17 +144,16 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 #
 #     h = x W,   phi(x) = [softmax(h), softmax(-h)]
 #
-# and otherwise q and k are the features already. Both come as two tiles, plus and minus, of `half`
-# features each, so that nothing is ever concatenated. The names, beside those at the top:
+# and otherwise q and k are the features already. The names, beside those at the top:
 #
 #     T, C         tokens of the sequence, and of a chunk; i, j, rows: positions in them
 #     N, segment   segments of a sequence and their length; n: which one
-#     F, half      features and those of the plus half, (F + 1) // 2; d is half where LEARNED
-#     BF, BD       half and D rounded up to a power of two, which all tiles have to be
+#     X            width of q and k: d, or F where the features are given
+#     BF, BD, BX   F, D and X rounded up to a power of two, which all tiles have to be
 #     P            what dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16,
 #                  in which sums and 1 / den would overflow. All sums are fp32
-#     state        (B, H, F, D + 1): S, and z as one more column, S's for a value that is always 1
-#     S_plus, ..   in a kernel S is transposed, (D, F/2): so S += v^T phi(k) needs no transposed phi
+#     state        (B, H, D + 1, F): S^T, and z as one more row, S^T's for a value that is always 1
+#     S            in a kernel always S^T, [D, F]: so S += v^T phi(k) needs no transposed phi
 #
 # The comment at the end of a line is the shape of the tile on it.
 
@@ -203,124 +202,114 @@ def head(x, strides, bh, H):
 
 
 @triton.jit
-def load_map(w, bh, H, half, LEARNED: tl.constexpr, BF: tl.constexpr):
-    f = tl.arange(0, BF)
+def load_map(w, bh, H, LEARNED: tl.constexpr, BX: tl.constexpr):
     if LEARNED:
-        W = load(w + (bh % H) * half * half, half, f, f, half, half)        # [d, d]
+        f = tl.arange(0, BX)
+        W = load(w + (bh % H) * BX * BX, BX, f, f, BX, BX)                  # [d, d]
     else:
         W = tl.zeros((1, 1), tl.float32)    # not used, but Triton wants a value on both branches
     return W
 
 
 @triton.jit
-def features(x, stride, rows, T, W, scale, half, F, LEARNED: tl.constexpr, P: tl.constexpr,
-             BF: tl.constexpr):
-    """The inputs at `rows` and scale phi(input), plus half and minus half, as operands."""
-    f = tl.arange(0, BF)
+def plus_minus():
+    return 1 - 2 * tl.arange(0, 2)[None, :, None]                           # [1, 2, 1]: 1, -1
+
+
+@triton.jit
+def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
+    """scale phi(x) of a chunk, as an operand."""
     if LEARNED:
-        # h = x W,  plus = softmax(h),  minus = softmax(-h);  e^h = 2^(h log2 e) is one instruction
-        x = load(x, stride, rows, f, T, half)                               # [C, d]
-        h = dot(x, W, P)                                                    # [C, d]
-        high = h if half == BF else tl.where((f < half)[None, :], h, float("-inf"))
-        low = h if half == BF else tl.where((f < half)[None, :], h, float("inf"))
-        plus = tl.exp2(high * LOG2E - (tl.max(high, 1) * LOG2E)[:, None])   # [C, d]
-        minus = tl.exp2((tl.min(low, 1) * LOG2E)[:, None] - low * LOG2E)    # [C, d]
-        plus *= (scale / tl.sum(plus, 1))[:, None]
-        minus *= (scale / tl.sum(minus, 1))[:, None]
+        # h = x W,  phi = [softmax(h), softmax(-h)];  e^h = 2^(h log2 e) is one instruction
+        h = dot(x, W, P) * LOG2E                                            # [C, d]
+        h = tl.reshape(h, (x.shape[0], 1, x.shape[1])) * plus_minus()       # [C, 2, d]
+        e = tl.exp2(h - tl.max(h, 2)[:, :, None])                           # [C, 2, d]
+        phi = e * (scale[:, None] / tl.sum(e, 2))[:, :, None]               # [C, 2, d]
+        phi = tl.reshape(phi, (x.shape[0], 2 * x.shape[1]))                 # [C, F]
     else:
-        plus = load(x, stride, rows, f, T, half) * scale[:, None]           # [C, F/2]
-        minus = load(x + half, stride, rows, f, T, F - half) * scale[:, None]
-        x = plus                            # not used
-    return x, operand(plus, P), operand(minus, P)
+        phi = x * scale[:, None]                                            # [C, F]
+    return operand(phi, P)
 
 
 @triton.jit
-def softmax_gradient(p, dp):
-    """From the gradient of p = softmax(h) to that of h: p (dp - sum_f p dp)."""
-    p = p.to(tl.float32)
-    return p * (dp - tl.sum(p * dp, 1)[:, None])
+def map_gradient(x, W, phi, dphi, LEARNED: tl.constexpr, P: tl.constexpr):
+    """From the gradient of a chunk's phi(x) to that of x, and what it adds to dW."""
+    if LEARNED:
+        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = W dh,    dW = sum_x x dh^T
+        phi = tl.reshape(phi.to(tl.float32), (x.shape[0], 2, x.shape[1]))   # [C, 2, d]
+        dphi = tl.reshape(dphi, (x.shape[0], 2, x.shape[1]))                # [C, 2, d]
+        dh = phi * (dphi - tl.sum(phi * dphi, 2)[:, :, None])               # [C, 2, d]
+        dh = operand(tl.sum(dh * plus_minus(), 1), P)                       # [C, d]
+        dx, dW = dot(dh, transposed(W, P), P), dot(transposed(x, P), dh, P)     # [C, d], [d, d]
+    else:
+        dx, dW = dphi, tl.zeros((1, 1), tl.float32)                         # [C, F]
+    return dx, dW
 
 
 @triton.jit
-def load_state(state, index, half, F, D, GIVEN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
-    """S^T and z of one state, in halves; zeros if none is given. z is the first of 16 rows, the
-    others 0: a dot needs 16 rows, and adds up features much faster than a tl.sum over rows."""
+def load_state(state, index, F, D, BF: tl.constexpr, BD: tl.constexpr):
+    """S^T and z of one state; zeros if there is none. z is the first of 16 rows, the others 0: a
+    dot needs 16 rows, and adds up features much faster than a tl.sum over rows."""
     f, c, z_row = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, 16)
-    if GIVEN:
-        plus = state + index.to(tl.int64) * F * (D + 1)
-        minus = plus + half * (D + 1)
-        in_plus = (z_row == 0)[:, None] & (f < half)[None, :]
-        in_minus = (z_row == 0)[:, None] & (f < F - half)[None, :]
-        at = z_row[:, None] * 0 + f[None, :] * (D + 1) + D                  # [16, F/2]
-        return (tl.trans(load(plus, D + 1, f, c, half, D)),                 # [D, F/2]
-                tl.trans(load(minus, D + 1, f, c, F - half, D)),
-                tl.load(plus + at, mask=in_plus, other=0.0),                # [16, F/2]
-                tl.load(minus + at, mask=in_minus, other=0.0))
+    if state is None:
+        S, z = tl.zeros((BD, BF), tl.float32), tl.zeros((16, BF), tl.float32)
     else:
-        return (tl.zeros((BD, BF), tl.float32), tl.zeros((BD, BF), tl.float32),
-                tl.zeros((16, BF), tl.float32), tl.zeros((16, BF), tl.float32))
+        state += index.to(tl.int64) * (D + 1) * F
+        S = load(state, F, c, f, D, F)                                      # [D, F]
+        z = load(state + D * F, F, z_row, f, 1, F)                          # [16, F]
+    return S, z
 
 
 @triton.jit
-def store_state(state, index, S_plus, S_minus, z_plus, z_minus, half, F, D,
-                BF: tl.constexpr, BD: tl.constexpr):
-    f, c = tl.arange(0, BF), tl.arange(0, BD)
-    plus = state + index.to(tl.int64) * F * (D + 1)
-    minus = plus + half * (D + 1)
-    store(plus, D + 1, f, c, half, D, tl.trans(S_plus))
-    store(minus, D + 1, f, c, F - half, D, tl.trans(S_minus))
-    tl.store(plus + f * (D + 1) + D, tl.sum(z_plus, 0), mask=f < half)
-    tl.store(minus + f * (D + 1) + D, tl.sum(z_minus, 0), mask=f < F - half)
+def store_state(state, index, S, z, F, D, BF: tl.constexpr, BD: tl.constexpr):
+    f, c, z_row = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, 16)
+    state += index.to(tl.int64) * (D + 1) * F
+    store(state, F, c, f, D, F, S)
+    store(state + D * F, F, z_row, f, 1, F, z)
 
 
 @triton.jit
 def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
                    q_strides, k_strides, v_strides, y_strides, T, H, segment,
-                   half: tl.constexpr, F: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr,
-                   LEARNED: tl.constexpr, GIVEN: tl.constexpr, P: tl.constexpr,
-                   C: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
+                   F: tl.constexpr, D: tl.constexpr, X: tl.constexpr, EPS: tl.constexpr,
+                   LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+                   BD: tl.constexpr, BX: tl.constexpr):
     """y of one segment, from the state before it; the last segment stores the state at the end."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, y = head(v, v_strides, bh, H), head(y, y_strides, bh, H)
-    W_q = load_map(w_q, bh, H, half, LEARNED, BF)                           # [d, d]
-    W_k = load_map(w_k, bh, H, half, LEARNED, BF)
-    i, c, z_row = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, 16)
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, BX), load_map(w_k, bh, H, LEARNED, BX)     # [d, d]
+    i, c, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BX)
     causal = i[:, None] >= i[None, :]                                       # [C, C]
-    ones = tl.where((z_row == 0)[:, None] & (i >= 0)[None, :], 1.0, 0.0)    # [16, C]
-    S_plus, S_minus, z_plus, z_minus = load_state(state, bh * N + n, half, F, D, GIVEN, BF, BD)
+    first_row = (tl.arange(0, 16) == 0)[:, None]                            # [16, 1]
+    S, z = load_state(state, bh * N + n, F, D, BF, BD)                      # [D, F], [16, F]
 
     for start in range(n * segment, min((n + 1) * segment, T), C):
         rows = start + i
         real = tl.where(rows < T, 1.0, 0.0)     # past the end features are 0 and add to no sum
-        # The order below keeps the fewest tiles alive at a time; others run out of registers
-        _, k_plus, k_minus = features(k, k_strides[2], rows, T, W_k, real, half, F, LEARNED, P, BF)
-        _, q_plus, q_minus = features(q, q_strides[2], rows, T, W_q, real, half, F, LEARNED, P, BF)
+        k_c = load(k, k_strides[2], rows, b, T, X)                          # [C, d]
+        q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
 
+        phi_k = features(k_c, W_k, real, LEARNED, P)                        # [C, F]
+        phi_q = features(q_c, W_q, real, LEARNED, P)                        # [C, F]
+
         # from this chunk: num_i = sum_j A_ij v_j,  den_i = sum_j A_ij,  A_ij = phi(q_i).phi(k_j)
-        A = dot(q_plus, transposed(k_plus, P), P)                           # [C, C]
-        A += dot(q_minus, transposed(k_minus, P), P)
-        A = tl.where(causal, A, 0.0)
-        num = dot(A, v_c, P)                                                # [C, D]
-        den = tl.sum(A, 1)                                                  # [C]
+        A = tl.where(causal, dot(phi_q, transposed(phi_k, P), P), 0.0)      # [C, C]
+        num, den = dot(A, v_c, P), tl.sum(A, 1)                             # [C, D], [C]
 
         # from those before: num_i += S^T phi(q_i),  den_i += z.phi(q_i);  then y_i = num_i / den_i
-        num += dot(q_plus, transposed(S_plus, P), P)
-        num += dot(q_minus, transposed(S_minus, P), P)
-        den_before = dot(q_plus, transposed(z_plus, P), P)                  # [C, 16]
-        den_before += dot(q_minus, transposed(z_minus, P), P)
-        inv = 1 / (den + tl.sum(den_before, 1) + EPS)                       # [C]
+        num += dot(phi_q, transposed(S, P), P)                              # [C, D]
+        den += tl.sum(dot(phi_q, transposed(z, P), P), 1)                           # [C]
+        inv = 1 / (den + EPS)                                               # [C]
         store(y, y_strides[2], rows, c, T, D, num * inv[:, None])
         tl.store(inv_den + bh.to(tl.int64) * T + rows, inv, mask=rows < T)
 
         # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j)
-        S_plus += dot(transposed(v_c, P), k_plus, P)                        # [D, F/2]
-        S_minus += dot(transposed(v_c, P), k_minus, P)
-        z_plus += dot(ones, k_plus, P)                                      # [16, F/2]
-        z_minus += dot(ones, k_minus, P)
+        S += dot(transposed(v_c, P), phi_k, P)                              # [D, F]
+        z += dot(tl.where(first_row, real[None, :], 0.0), phi_k, P)         # [16, F]
     if n == N - 1:
-        store_state(state_end, bh, S_plus, S_minus, z_plus, z_minus, half, F, D, BF, BD)
+        store_state(state_end, bh, S, z, F, D, BF, BD)
 
 
 # The backward pass, with a_i = phi(q_i) / den_i, delta_i = dy_i.y_i, and for j <= i
@@ -340,200 +329,174 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 # Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
 # sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
 # of each other. Tried on an H200 (bf16, 65,536 tokens, 12 heads of 64) and slower:
+#   - one kernel for all gradients, which computes phi once: its tiles exceed the registers, it took
+#     1.25 ms where the two below took 0.92; and 1.52 with chunks of 128 on 8 warps
 #   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
 #     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
+#   - at most 168 registers a thread, so that three programs run on an SM and not two: they spill
+#   - tensor descriptors (TMA) for loads; reading one word of each of the next chunk's sectors ahead
 #   - chunks of 32 (too small for the fast matrix instructions) and, where they fit, of 128 (more
 #     work above the diagonal, one program at a time on an SM)
 #   - z and dz as a tl.sum over rows instead of a dot: forward 0.40 ms instead of 0.32
-# Faster still would be both gradients in one kernel, which computes phi and B once, with S and the
-# dW in shared memory. Triton decides by itself what is in registers, and there they do not fit.
+# What bounds it, by the hardware's counters: the registers of two programs, 8 warps, fill an SM, and
+# in 65 to 72 % of the cycles none of them is ready to issue; memory is 35 to 59 % busy.
 # A trap: a 16-column right operand made inside the loop, [C, 16], gave wrong numbers (Triton 3.6);
 # that is why the weights that add up z are 16 rows and on the left.
 
 
 @triton.jit
 def states_kernel(x, u, w, inv_den, delta, state, chunk_states, state_end, x_strides, u_strides,
-                  T, H, segment, half: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
-                  LEARNED: tl.constexpr, GIVEN: tl.constexpr, EVERY_CHUNK: tl.constexpr,
-                  BACKWARD: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                  BD: tl.constexpr):
-    """States along one segment: S and z from k and v or, BACKWARD, dS and dz from q and dy. Either
-    what the segment adds, or (EVERY_CHUNK) the state at every chunk, S^T with z below it."""
+                  T, H, segment, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
+                  LEARNED: tl.constexpr, BACKWARD: tl.constexpr, P: tl.constexpr,
+                  C: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr):
+    """S and z along one segment, from x = k and u = v; BACKWARD, dS and dz from x = q and u = dy.
+    Stores where that ends, the state at every chunk, or both."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     x, u = head(x, x_strides, bh, H), head(u, u_strides, bh, H)
-    W = load_map(w, bh, H, half, LEARNED, BF)                               # [d, d]
-    i, c, f, z_row = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, 16)
-    S_plus, S_minus, z_plus, z_minus = load_state(state, bh * N + n, half, F, D, GIVEN, BF, BD)
+    W = load_map(w, bh, H, LEARNED, BX)                                     # [d, d]
+    i, c, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BX)
+    first_row = (tl.arange(0, 16) == 0)[:, None]                            # [16, 1]
+    S, z = load_state(state, bh * N + n, F, D, BF, BD)                      # [D, F], [16, F]
 
     begin, end = n * segment, min((n + 1) * segment, T)
+    if chunk_states is None and n == N - 1:
+        end = begin         # nobody needs what the last segment adds
     last = begin + (end - begin - 1) // C * C
     for step in range(0, end - begin, C):
         start = last - step if BACKWARD else begin + step
         rows = start + i
-        if EVERY_CHUNK:
-            at = chunk_states + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * F * (D + 1)
-            store(at, F, c, f, D, half, S_plus)
-            store(at + half, F, c, f, D, F - half, S_minus)
-            store(at + D * F, F, z_row, f, 1, half, z_plus)
-            store(at + D * F + half, F, z_row, f, 1, F - half, z_minus)
+        if chunk_states is not None:
+            store_state(chunk_states, bh * tl.cdiv(T, C) + start // C, S, z, F, D, BF, BD)
         scale = tl.where(rows < T, 1.0, 0.0)                                # [C]
         weight = scale
         if BACKWARD:
             row = bh.to(tl.int64) * T + rows
             scale = tl.load(inv_den + row, mask=rows < T, other=0.0)
             weight = -tl.load(delta + row, mask=rows < T, other=0.0)
-        _, plus, minus = features(x, x_strides[2], rows, T, W, scale, half, F, LEARNED, P, BF)
+        x_c = load(x, x_strides[2], rows, b, T, X)                          # [C, d]
         u_c = load(u, u_strides[2], rows, c, T, D)                          # [C, D]
-        S_plus += dot(transposed(u_c, P), plus, P)                          # [D, F/2]
-        S_minus += dot(transposed(u_c, P), minus, P)
-        weights = tl.where((z_row == 0)[:, None], weight[None, :], 0.0)     # [16, C]
-        z_plus += dot(weights, plus, P)                                     # [16, F/2]
-        z_minus += dot(weights, minus, P)
-    if not EVERY_CHUNK:
-        store_state(state_end, bh * N + n, S_plus, S_minus, z_plus, z_minus, half, F, D, BF, BD)
-    elif n == (0 if BACKWARD else N - 1):
-        store_state(state_end, bh, S_plus, S_minus, z_plus, z_minus, half, F, D, BF, BD)
+        phi = features(x_c, W, scale, LEARNED, P)                           # [C, F]
+
+        # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j)
+        S += dot(transposed(u_c, P), phi, P)                                # [D, F]
+        z += dot(tl.where(first_row, weight[None, :], 0.0), phi, P)         # [16, F]
+    if state_end is not None:
+        store_state(state_end, bh * N + n, S, z, F, D, BF, BD)
 
 
 @triton.jit
-def prefix_kernel(own, before, initial, N, width, GIVEN: tl.constexpr, BACKWARD: tl.constexpr,
-                  BN: tl.constexpr, BLOCK: tl.constexpr):
+def prefix_kernel(own, before, initial, N, width, BACKWARD: tl.constexpr, BN: tl.constexpr,
+                  BLOCK: tl.constexpr):
     """before[n] = initial + sum of own[m] over m < n; BACKWARD, m > n. Both (B*H, N, width)."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
+    bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = N - 1 - i if BACKWARD else i        # the segments in the order of the sum
     m = n + 1 if BACKWARD else n - 1
-    inside = ((m >= 0) & (m < N))[:, None] & (c < width)[None, :]
-    x = tl.load(own + (bh * N + m[:, None]) * width + c[None, :], mask=inside, other=0.0)
-    if GIVEN:
+    x = tl.load(own + (bh * N + m[:, None]) * width + c[None, :],
+                mask=(i > 0)[:, None] & (i < N)[:, None] & (c < width)[None, :], other=0.0)
+    if initial is not None:
         first = tl.load(initial + bh * width + c, mask=c < width, other=0.0)
-        x += tl.where((n == (N - 1 if BACKWARD else 0))[:, None], first[None, :], 0.0)
-    store(before + bh * N * width, width, n, c, N, width, tl.cumsum(x, 0, reverse=BACKWARD))
+        x += tl.where((i == 0)[:, None], first[None, :], 0.0)
+    tl.store(before + (bh * N + n[:, None]) * width + c[None, :],
+             tl.cumsum(x, 0).to(before.dtype.element_ty),
+             mask=(i < N)[:, None] & (c < width)[None, :])
 
 
 @triton.jit
-def load_chunk_state(states, at, half, F, D, BF: tl.constexpr, BD: tl.constexpr):
-    f, c = tl.arange(0, BF), tl.arange(0, BD)
-    plus = states + at * F * (D + 1)
-    minus = plus + half
-    return (load(plus, F, c, f, D, half), load(minus, F, c, f, D, F - half),
-            tl.load(plus + D * F + f, mask=f < half, other=0.0).to(tl.float32),
-            tl.load(minus + D * F + f, mask=f < F - half, other=0.0).to(tl.float32))
-
-
-@triton.jit
-def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw_q,
+def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
                       q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
-                      T, H, segment, half: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+                      T, H, segment, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                       LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                      BD: tl.constexpr):
+                      BD: tl.constexpr, BX: tl.constexpr):
     """dq and delta of one segment, and what it adds to dW_q."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, y = head(v, v_strides, bh, H), head(y, y_strides, bh, H)
     dy, dq = head(dy, dy_strides, bh, H), head(dq, dq_strides, bh, H)
-    W_q = load_map(w_q, bh, H, half, LEARNED, BF)                           # [d, d]
-    W_k = load_map(w_k, bh, H, half, LEARNED, BF)
-    i, c, f = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF)
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, BX), load_map(w_k, bh, H, LEARNED, BX)     # [d, d]
+    i, c, f, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BX)
     causal = i[:, None] >= i[None, :]                                       # [C, C]
-    dW = tl.zeros((BF, BF), tl.float32)                                     # [d, d]
+    dW_q = tl.zeros((BX, BX) if LEARNED else (1, 1), tl.float32)            # [d, d]
 
     for start in range(n * segment, min((n + 1) * segment, T), C):
         rows = start + i
         row = bh.to(tl.int64) * T + rows
-        real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
-        S_plus, S_minus, z_plus, z_minus = load_chunk_state(
-            states, bh.to(tl.int64) * tl.cdiv(T, C) + start // C, half, F, D, BF, BD)
-        _, k_plus, k_minus = features(k, k_strides[2], rows, T, W_k, real, half, F, LEARNED, P, BF)
-        v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
+        S_at = states + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * (D + 1) * F
         dy_c = load(dy, dy_strides[2], rows, c, T, D)                       # [C, D]
-        y_c = load(y, y_strides[2], rows, c, T, D)                          # [C, D]
+        q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
+        k_c = load(k, k_strides[2], rows, b, T, X)                          # [C, d]
+        v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
+        S, z = load(S_at, F, c, f, D, F), tl.load(S_at + D * F + f, mask=f < F, other=0.0)
+        inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
+        phi_k = features(k_c, W_k, tl.where(rows < T, 1.0, 0.0), LEARNED, P)        # [C, F]
 
         # delta_i = dy_i.y_i,  B_ij = dy_i.v_j - delta_i for j <= i
+        y_c = load(y, y_strides[2], rows, c, T, D)                          # [C, D]
         delta_c = tl.sum(dy_c.to(tl.float32) * y_c.to(tl.float32), 1)       # [C]
         tl.store(delta + row, delta_c, mask=rows < T)
         B = dot(dy_c, transposed(v_c, P), P) - delta_c[:, None]             # [C, C]
         B = tl.where(causal, B, 0.0)
 
-        # dphi(q_i) = (sum_j B_ij phi(k_j) + S dy_i - delta_i z) / den_i, the plus half
-        x, q_plus, q_minus = features(q, q_strides[2], rows, T, W_q, real, half, F, LEARNED, P, BF)
-        inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
-        dplus = dot(B, k_plus, P) + dot(dy_c, S_plus, P)                    # [C, F/2]
-        dplus = (dplus - delta_c[:, None] * z_plus[None, :]) * inv[:, None]
-        if LEARNED:
-            dh = softmax_gradient(q_plus, dplus)                            # [C, d]
-        else:
-            store(dq, dq_strides[2], rows, f, T, half, dplus)
-
-        # and the minus half, then dq = W dh and dW = sum q dh^T
-        dminus = dot(B, k_minus, P) + dot(dy_c, S_minus, P)                 # [C, F/2]
-        dminus = (dminus - delta_c[:, None] * z_minus[None, :]) * inv[:, None]
-        if LEARNED:
-            dh -= softmax_gradient(q_minus, dminus)
-            store(dq, dq_strides[2], rows, f, T, half, dot(dh, transposed(W_q, P), P))
-            dW += dot(transposed(x, P), dh, P)                              # [d, d]
-        else:
-            store(dq + half, dq_strides[2], rows, f, T, F - half, dminus)
+        # dphi(q_i) = (sum_j B_ij phi(k_j) + S dy_i - delta_i z) / den_i, then dq and dW_q
+        phi_q = features(q_c, W_q, tl.where(rows < T, 1.0, 0.0), LEARNED, P)        # [C, F]
+        dphi = dot(B, phi_k, P) + dot(dy_c, S, P)                           # [C, F]
+        dphi = (dphi - delta_c[:, None] * z.to(tl.float32)[None, :]) * inv[:, None]
+        dq_c, dW = map_gradient(q_c, W_q, phi_q, dphi, LEARNED, P)
+        store(dq, dq_strides[2], rows, b, T, X, dq_c)
+        dW_q += dW                                                          # [d, d]
     if LEARNED:
-        store(dw_q + (bh * N + n).to(tl.int64) * half * half, half, f, f, half, half, dW)
+        store(dw + (bh * N + n).to(tl.int64) * X * X, X, b, b, X, X, dW_q)
 
 
 @triton.jit
-def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, states, dk, dv, dw_k,
+def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk, dv, dw,
                        q_strides, k_strides, v_strides, dy_strides, dk_strides, dv_strides,
-                       T, H, segment, half: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+                       T, H, segment, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                        LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                       BD: tl.constexpr):
-    """dk and dv of one segment, and what it adds to dW_k. Tiles of pairs are (j, i) here."""
+                       BD: tl.constexpr, BX: tl.constexpr):
+    """dk and dv of one segment, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates
+    are sums inside the segment; `later`, if not None, is what comes to it from those after it."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, dy = head(v, v_strides, bh, H), head(dy, dy_strides, bh, H)
     dk, dv = head(dk, dk_strides, bh, H), head(dv, dv_strides, bh, H)
-    W_q = load_map(w_q, bh, H, half, LEARNED, BF)                           # [d, d]
-    W_k = load_map(w_k, bh, H, half, LEARNED, BF)
-    i, c, f = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF)
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, BX), load_map(w_k, bh, H, LEARNED, BX)     # [d, d]
+    i, c, f, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BX)
     causal = i[:, None] <= i[None, :]                                       # [C, C]
-    dW = tl.zeros((BF, BF), tl.float32)                                     # [d, d]
+    dW_k = tl.zeros((BX, BX) if LEARNED else (1, 1), tl.float32)            # [d, d]
 
     for start in range(n * segment, min((n + 1) * segment, T), C):
         rows = start + i
         row = bh.to(tl.int64) * T + rows
-        real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
-        inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
-        delta_c = tl.load(delta + row, mask=rows < T, other=0.0)            # [C]
-        dS_plus, dS_minus, dz_plus, dz_minus = load_chunk_state(
-            states, bh.to(tl.int64) * tl.cdiv(T, C) + start // C, half, F, D, BF, BD)
-        _, a_plus, a_minus = features(q, q_strides[2], rows, T, W_q, inv, half, F, LEARNED, P, BF)
-        x, k_plus, k_minus = features(k, k_strides[2], rows, T, W_k, real, half, F, LEARNED, P, BF)
+        dS_at = dstates + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * (D + 1) * F
+        q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
+        k_c = load(k, k_strides[2], rows, b, T, X)                          # [C, d]
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
         dy_c = load(dy, dy_strides[2], rows, c, T, D)                       # [C, D]
+        dS, dz = load(dS_at, F, c, f, D, F), tl.load(dS_at + D * F + f, mask=f < F, other=0.0)
+        if later is not None:
+            at = later + (bh * N + n).to(tl.int64) * (D + 1) * F
+            dS += load(at, F, c, f, D, F)                                   # [D, F]
+            dz += tl.load(at + D * F + f, mask=f < F, other=0.0)            # [F]
+        inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
+        delta_c = tl.load(delta + row, mask=rows < T, other=0.0)            # [C]
+        phi_k = features(k_c, W_k, tl.where(rows < T, 1.0, 0.0), LEARNED, P)        # [C, F]
+        a = features(q_c, W_q, inv, LEARNED, P)                             # [C, F]
 
-        # dphi(k_j) = sum_i B_ij a_i + dS v_j + dz, the plus half
+        # dphi(k_j) = sum_i B_ij a_i + dS v_j + dz, then dk and dW_k
         B = dot(v_c, transposed(dy_c, P), P) - delta_c[None, :]             # [C, C]
         B = tl.where(causal, B, 0.0)
-        dplus = dot(B, a_plus, P) + dot(v_c, dS_plus, P) + dz_plus[None, :]     # [C, F/2]
-        if LEARNED:
-            dh = softmax_gradient(k_plus, dplus)                            # [C, d]
-        else:
-            store(dk, dk_strides[2], rows, f, T, half, dplus)
-
-        # and the minus half, then dk = W dh and dW = sum k dh^T
-        dminus = dot(B, a_minus, P) + dot(v_c, dS_minus, P) + dz_minus[None, :]
-        if LEARNED:
-            dh -= softmax_gradient(k_minus, dminus)
-            store(dk, dk_strides[2], rows, f, T, half, dot(dh, transposed(W_k, P), P))
-            dW += dot(transposed(x, P), dh, P)                              # [d, d]
-        else:
-            store(dk + half, dk_strides[2], rows, f, T, F - half, dminus)
+        dphi = dot(B, a, P) + dot(v_c, dS, P) + dz.to(tl.float32)[None, :]  # [C, F]
+        dk_c, dW = map_gradient(k_c, W_k, phi_k, dphi, LEARNED, P)
+        store(dk, dk_strides[2], rows, b, T, X, dk_c)
+        dW_k += dW                                                          # [d, d]
 
         # dv_j = sum_i (phi(k_j).a_i) dy_i + dS^T phi(k_j)
-        A = dot(k_plus, transposed(a_plus, P), P)                           # [C, C]
-        A += dot(k_minus, transposed(a_minus, P), P)
-        dv_c = dot(tl.where(causal, A, 0.0), dy_c, P)                       # [C, D]
-        dv_c += dot(k_plus, transposed(dS_plus, P), P)
-        dv_c += dot(k_minus, transposed(dS_minus, P), P)
+        A = tl.where(causal, dot(phi_k, transposed(a, P), P), 0.0)          # [C, C]
+        dv_c = dot(A, dy_c, P) + dot(phi_k, transposed(dS, P), P)           # [C, D]
         store(dv, dv_strides[2], rows, c, T, D, dv_c)
     if LEARNED:
-        store(dw_k + (bh * N + n).to(tl.int64) * half * half, half, f, f, half, half, dW)
+        store(dw + (bh * N + n).to(tl.int64) * X * X, X, b, b, X, X, dW_k)
 
 
 # Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: the fastest of
@@ -555,56 +518,45 @@ class Problem:
 
     def __init__(self, q, v, w_q, chunk, segment):
         self.B, self.H, self.T, self.D = v.shape
-        self.F = q.shape[-1] if w_q is None else 2 * q.shape[-1]
-        self.half = (self.F + 1) // 2
-        self.v, self.learned, self.chunk = v, w_q is not None, chunk
+        self.v, self.X, self.learned, self.chunk = v, q.shape[-1], w_q is not None, chunk
+        self.F = 2 * self.X if self.learned else self.X
         segments = max(1, PROGRAMS // (self.B * self.H))
+        # of states that are only operands of dots
+        self.operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
         self.segment = segment or max(256, -(-self.T // (segments * 128)) * 128)
         self.N = -(-self.T // self.segment)
         assert self.segment % self.tile(forward_kernel)[0] == 0, "a segment is whole chunks"
 
     def tile(self, kernel):
-        if self.v.dtype == torch.bfloat16 and max(self.half, self.D) <= 64:
-            C, warps, stages = TILES[kernel]
-        else:
-            C, warps, stages = OTHER_TILE
+        small = self.v.dtype == torch.bfloat16 and self.F <= 128 and self.D <= 64
+        C, warps, stages = TILES[kernel] if small else OTHER_TILE
         return self.chunk or C, warps, stages
 
     def state(self, *between, dtype=torch.float32):
-        """An empty state, or one for each n in `between`: (B, H, *between, F, D + 1)."""
-        return self.v.new_empty(self.B, self.H, *between, self.F, self.D + 1, dtype=dtype)
+        """An empty state, or one for each n in `between`: (B, H, *between, D + 1, F)."""
+        return self.v.new_empty(self.B, self.H, *between, self.D + 1, self.F, dtype=dtype)
 
     def heads(self, dim):
         """Empty (B, H, T, dim), in memory (B, T, H, dim): what a projection reads as a view."""
         return self.v.new_empty(self.B, self.T, self.H, dim).transpose(1, 2)
 
     def launch(self, kernel, *args, **switches):
+        """Pointers first, then the strides of those that are (B, H, T, ..) tensors, then sizes."""
         C, num_warps, num_stages = self.tile(kernel)
         kernel[(self.B * self.H, self.N)](
-            *args, self.T, self.H, self.segment, half=self.half, F=self.F, D=self.D,
+            *args, self.T, self.H, self.segment, F=self.F, D=self.D, X=self.X,
             LEARNED=self.learned, C=C, num_warps=num_warps, num_stages=num_stages,
             P={torch.bfloat16: "bf16", torch.float16: "tf32"}.get(self.v.dtype, "ieee"),
-            BF=power_of_two(self.half), BD=power_of_two(self.D), **switches)
+            BF=power_of_two(self.F), BD=power_of_two(self.D), BX=power_of_two(self.X), **switches)
 
-    def segment_states(self, x, u, W, inv_den, delta, initial, backward):
-        """The state at the beginning of every segment (BACKWARD: its gradient, at the end)."""
-        own = self.state(self.N)
-        self.launch(states_kernel, x, u, W, inv_den, delta, None, None, own, x.stride(),
-                    u.stride(), GIVEN=False, EVERY_CHUNK=False, BACKWARD=backward)
-        before, width = torch.empty_like(own), self.F * (self.D + 1)
-        prefix_kernel[(self.B * self.H, -(-width // 64))](
-            own, before, initial, self.N, width, GIVEN=initial is not None, BACKWARD=backward,
-            BN=power_of_two(self.N), BLOCK=64)
+    def prefix(self, own, initial, dtype, backward):
+        """The state at each segment, from what each adds; BACKWARD, from those after it."""
+        before, width = self.state(self.N, dtype=dtype), self.F * (self.D + 1)
+        BN = power_of_two(self.N)
+        BLOCK = max(16, 4096 // BN)
+        prefix_kernel[(self.B * self.H, -(-width // BLOCK))](
+            own, before, initial, self.N, width, BACKWARD=backward, BN=BN, BLOCK=BLOCK)
         return before
-
-    def chunk_states(self, x, u, W, inv_den, delta, state, backward):
-        """The same for every chunk, in bf16 for bf16 inputs; and the one where the sweep ends."""
-        chunks = -(-self.T // self.tile(states_kernel)[0])
-        dtype = torch.bfloat16 if self.v.dtype == torch.bfloat16 else torch.float32
-        states, end = self.state(chunks, dtype=dtype), self.state()
-        self.launch(states_kernel, x, u, W, inv_den, delta, state, states, end, x.stride(),
-                    u.stride(), GIVEN=state is not None, EVERY_CHUNK=True, BACKWARD=backward)
-        return states, end
 
 
 # Two operators that torch.compile, autograd and autocast see as one step each. An optional tensor
@@ -621,21 +573,24 @@ def fused(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe,
           segment: int) -> list[Tensor]:
     q, k, v = row_contiguous(q, k, v)
     problem = Problem(q, v, w_q, chunk, segment)
-    y, inv_den, before, end = empty_forward(q, k, v, w_q, w_k, state, chunk, segment)
+    y, inv_den, end, before = empty_forward(q, k, v, w_q, w_k, state, chunk, segment)
     with torch.cuda.device_of(v):
         if problem.N > 1:
-            before = state = problem.segment_states(k, v, w_k, None, None, state, backward=False)
+            own = problem.state(problem.N)
+            problem.launch(states_kernel, k, v, w_k, None, None, None, None, own, k.stride(),
+                           v.stride(), BACKWARD=False)
+            before = state = problem.prefix(own, state, torch.float32, backward=False)
         problem.launch(forward_kernel, q, k, v, w_q, w_k, y, inv_den, state, end, q.stride(),
-                       k.stride(), v.stride(), y.stride(), EPS=EPS, GIVEN=state is not None)
-    return [y, inv_den, before, end]
+                       k.stride(), v.stride(), y.stride(), EPS=EPS)
+    return [y, inv_den, end, before]
 
 
 @fused.register_fake
 def empty_forward(q, k, v, w_q, w_k, state, chunk, segment):
     problem = Problem(q, v, w_q, chunk, segment)
     return [problem.heads(problem.D), v.new_empty(v.shape[:3], dtype=torch.float32),
-            problem.state(problem.N) if problem.N > 1 else v.new_empty(0, dtype=torch.float32),
-            problem.state()]
+            problem.state(),
+            problem.state(problem.N) if problem.N > 1 else v.new_empty(0, dtype=torch.float32)]
 
 
 @torch.library.custom_op("hedgehog::linear_attention_backward", mutates_args=())
@@ -644,41 +599,45 @@ def fused_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, befo
                    segment: int) -> list[Tensor]:
     q, k, v, dy = row_contiguous(q, k, v, dy)
     problem = Problem(q, v, w_q, chunk, segment)
-    dq, dk, dv, dw_q, dw_k, dstate_0 = empty_backward(q, k, v, w_q, w_k, before, y, inv_den, dy,
-                                                     dstate, chunk, segment)
-    delta = torch.empty_like(inv_den)
-    parts = None if w_q is None else w_q.new_empty(
-        problem.B, problem.H, problem.N, *w_q.shape[1:], dtype=torch.float32)
+    dq, dk, dv, dw, _ = empty_backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, chunk,
+                                       segment)
+    delta, own, X = torch.empty_like(inv_den), problem.state(problem.N), problem.X
+    parts = v.new_empty(2, problem.B, problem.H, problem.N, X, X, dtype=torch.float32) \
+        if w_q is not None else (None, None)
     with torch.cuda.device_of(v):
-        states, _ = problem.chunk_states(k, v, w_k, None, None, before, backward=False)
+        states = problem.state(-(-problem.T // problem.tile(states_kernel)[0]),
+                               dtype=problem.operand)
+        problem.launch(states_kernel, k, v, w_k, None, None, before, states, None, k.stride(),
+                       v.stride(), BACKWARD=False)
         problem.launch(backward_q_kernel, q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq,
-                       parts, q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(),
+                       parts[0], q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(),
                        dq.stride())
-        del states
+        # the same memory again, for dS inside each segment; the segments after it are added later
+        problem.launch(states_kernel, q, dy, w_q, inv_den, delta, None, states, own, q.stride(),
+                       dy.stride(), BACKWARD=True)
+        later = problem.prefix(own, dstate, problem.operand, backward=True) if problem.N > 1 \
+            else None if dstate is None else dstate.to(problem.operand)
+        problem.launch(backward_kv_kernel, q, k, v, w_q, w_k, dy, inv_den, delta, states, later,
+                       dk, dv, parts[1], q.stride(), k.stride(), v.stride(), dy.stride(),
+                       dk.stride(), dv.stride())
+        dstate_0 = own[:, :, 0].contiguous()
+        if later is not None:
+            dstate_0 = dstate_0 + later.view_as(own)[:, :, 0]
         if w_q is not None:     # the same sum in the same order every time: no atomics
-            dw_q = parts.sum((0, 2)).to(w_q.dtype)
-        if problem.N > 1:
-            dstate = problem.segment_states(q, dy, w_q, inv_den, delta, dstate, backward=True)
-        states, dstate_0 = problem.chunk_states(q, dy, w_q, inv_den, delta, dstate, backward=True)
-        problem.launch(backward_kv_kernel, q, k, v, w_q, w_k, dy, inv_den, delta, states, dk, dv,
-                       parts, q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(),
-                       dv.stride())
-        if w_q is not None:
-            dw_k = parts.sum((0, 2)).to(w_k.dtype)
-    return [dq, dk, dv, dw_q, dw_k, dstate_0]
+            dw.copy_(parts.sum((1, 3)))
+    return [dq, dk, dv, dw, dstate_0]
 
 
 @fused_backward.register_fake
 def empty_backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, chunk, segment):
     problem = Problem(q, v, w_q, chunk, segment)
     return [problem.heads(q.shape[-1]), problem.heads(k.shape[-1]), problem.heads(problem.D),
-            *(v.new_empty(0) if w is None else torch.empty_like(w) for w in (w_q, w_k)),
-            problem.state()]
+            v.new_empty(0) if w_q is None else w_q.new_empty(2, *w_q.shape), problem.state()]
 
 
 def save_for_backward(ctx, inputs, output):
     q, k, v, w_q, w_k, state, ctx.chunk, ctx.segment = inputs
-    y, inv_den, before, _ = output
+    y, inv_den, _, before = output
     ctx.given = state is not None
     ctx.save_for_backward(q, k, v, w_q, w_k, before if before.numel() else state, y, inv_den)
     ctx.set_materialize_grads(False)        # nobody used the last state: no zeros to read, None
@@ -686,13 +645,12 @@ def save_for_backward(ctx, inputs, output):
 
 def backward(ctx, grads):
     q, k, v, w_q, w_k, before, y, inv_den = ctx.saved_tensors
-    dy, _, _, dstate = grads
+    dy, _, dstate, _ = grads
     dy = torch.zeros_like(y) if dy is None else dy
     dstate = None if dstate is None else dstate.contiguous()
-    dq, dk, dv, dw_q, dw_k, dstate = fused_backward(q, k, v, w_q, w_k, before, y, inv_den, dy,
-                                                    dstate, ctx.chunk, ctx.segment)
-    if w_q is None:
-        dw_q = dw_k = None
+    dq, dk, dv, dw, dstate = fused_backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate,
+                                            ctx.chunk, ctx.segment)
+    dw_q, dw_k = (None, None) if w_q is None else dw
     return dq, dk, dv, dw_q, dw_k, dstate if ctx.given else None, None, None
 
 
@@ -705,30 +663,33 @@ def large_tiles_fit():
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-def kernels_take(v, F, chunk):
+def kernels_take(q, v, w_q, chunk):
     """The one place where the kernels or PyTorch are chosen. On a CPU only tests ask for kernels,
     by giving a chunk length, and Triton's interpreter runs them."""
     runs = large_tiles_fit() if v.is_cuda else (
         chunk is not None and os.environ.get("TRITON_INTERPRET") == "1")
-    widest = {torch.bfloat16: (256, 128), torch.float16: (128, 64), torch.float32: (128, 64)}
-    F_max, D_max = widest.get(v.dtype, (0, 0))
-    return hasattr(triton, "compile") and runs and F <= F_max and v.shape[-1] <= D_max
+    d, D = q.shape[-1], v.shape[-1]
+    F_max, D_max = {torch.bfloat16: (256, 128), torch.float16: (128, 64),
+                    torch.float32: (128, 64)}.get(v.dtype, (0, 0))
+    fits = D <= D_max and (d <= F_max if w_q is None else
+                           2 * d <= F_max and d == power_of_two(d))   # a softmax has no padding
+    return hasattr(triton, "compile") and runs and fits
 
 
 def attend(q, k, v, w_q, w_k, state, chunk, segment):
     if torch.is_autocast_enabled(v.device.type):
         dtype = torch.get_autocast_dtype(v.device.type)
         q, k, v, w_q, w_k = (None if x is None else x.to(dtype) for x in (q, k, v, w_q, w_k))
-    if not kernels_take(v, q.shape[-1] if w_q is None else 2 * q.shape[-1], chunk):
+    if not kernels_take(q, v, w_q, chunk):
         if w_q is not None:
             q, k = hedgehog_features(q, w_q), hedgehog_features(k, w_k)
         return chunked_linear_attention(q, k, v, state=state)
     if state is not None:
-        state = torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1).float()   # (B, H, F, D + 1)
+        state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
     if w_q is not None:
         w_q, w_k = w_q.contiguous(), w_k.contiguous()
-    y, _, _, end = fused(q, k, v, w_q, w_k, state, chunk or 0, segment or 0)
-    return y, (end[..., :-1], end[..., -1])
+    y, _, end, _ = fused(q, k, v, w_q, w_k, state, chunk or 0, segment or 0)
+    return y, (end[..., :-1, :].mT, end[..., -1, :])
 
 
 def hedgehog_attention(q, k, v, w_q, w_k, state=None, chunk=None, segment=None):
@@ -805,8 +766,8 @@ def contenders():
 
 
 def measure(function, T, tokens, H, d, dtype):
-    """Medians, ms: forward, forward + backward. And the MiB these allocate at their peak, with
-    the output and all gradients."""
+    """Medians, ms: forward, forward + backward. And the MiB these allocate at their peak beyond
+    the output and the gradients."""
     inputs = [torch.randn(max(1, tokens // T), T, H, d, device="cuda", dtype=dtype).transpose(1, 2)
               for _ in range(3)]
     inputs += [torch.randn(H, d, d, device="cuda").div(d**0.5).to(dtype) for _ in range(2)]
@@ -819,9 +780,9 @@ def measure(function, T, tokens, H, d, dtype):
         forward = triton.testing.do_bench(lambda: function(*inputs), return_mode="median")
     total = triton.testing.do_bench(both, return_mode="median")
     torch.cuda.reset_peak_memory_stats()
-    allocated = torch.cuda.memory_allocated()
+    results = torch.cuda.memory_allocated() + 4 * dy.nbytes
     both()
-    return forward, total, (torch.cuda.max_memory_allocated() - allocated) / 2**20
+    return forward, total, (torch.cuda.max_memory_allocated() - results) / 2**20
 
 
 def benchmark(lengths, tokens=65536, H=12, d=64, dtype=torch.bfloat16):
@@ -840,7 +801,7 @@ def benchmark(lengths, tokens=65536, H=12, d=64, dtype=torch.bfloat16):
     table = {}
     for name, function in contenders().items():
         table[name] = [measure(function, T, tokens, H, d, dtype) for T in lengths]
-        for i, what in enumerate(("forward, ms", "forward + backward, ms", "memory, MiB")):
+        for i, what in enumerate(("forward, ms", "forward + backward, ms", "extra memory, MiB")):
             show(f"{name}: {what}", [row[i] for row in table[name]], 0 if i == 2 else 3)
     # q, k, v in and y out; backward these in again and dy, and three gradients out: 4 + 8 tensors
     size = tokens * H * d * dtype.itemsize
