@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import train_lm
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, attention_cross_entropy, attention_kl, entropy,
-                      monotonicity, softmax_attention_weights)
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, attention_kl, entropy, monotonicity,
+                      softmax_attention_weights)
 from kernel import linear_attention_weights
 from train_lm import UserError, at_least, positive, whole
 
@@ -71,9 +71,10 @@ def watching(attentions, watch, linear):
 
 
 def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block=256):
-    """-sum_j a_ij log b_ij, a softmax's weights and b the map's, mean over heads and queries.
+    """KL(a || b), a softmax's weights and b the map's, mean over heads and queries.
 
-    The paper's distillation loss (section 4, Appendix A). Only softmax's logits are divided by
+    The paper's loss (section 4, Appendix A), -sum_j a_ij log b_ij, less softmax's entropy, which no
+    map changes: the same gradient, and 0 when they are alike. Only softmax's logits are divided by
     sqrt(d). The weights are made `block` queries at a time and again in backward, instead of being
     kept: memory grows with T * block.
     """
@@ -82,7 +83,7 @@ def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block
     def part(q, k, phi_q, phi_k, key_mask, queries):
         teacher = softmax_attention_weights(q, k, causal, key_mask)
         student = linear_attention_weights(phi_q, phi_k, causal, key_mask)
-        return attention_cross_entropy(teacher, student, queries)
+        return attention_kl(teacher, student, queries)
 
     T, total, count = q.size(2), 0.0, 0
     mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
@@ -159,7 +160,7 @@ def advance(bar, losses):
         if not math.isfinite(loss):
             raise UserError(f"{bar.desc}: the loss is {loss} at step {len(losses)}: try a lower "
                             "learning rate or --precision fp32")
-        bar.set_postfix_str(f"loss {loss:.3f}")
+        bar.set_postfix_str(f"loss {loss:.3f}")             # stage 1's is the KL
     bar.update()
 
 
@@ -397,10 +398,12 @@ def train_all(name, task, model, steps, lr):
 
 
 def train_adapters(name, task, model, steps, lr):
-    attentions = attention_layers(model)
+    """Finetunes low-rank adapters and nothing else, then merges them."""
+    attentions = attention_layers(model.requires_grad_(False))
     groups = [{"params": add_lora(attentions, task.args.lora, task.args.lora_alpha)}]
     run_stage(finetune, name, task, model, steps, lr, groups)
     merge_lora(attentions)
+    model.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -704,7 +707,7 @@ def transfer(args, machine):
 # --- command line ---------------------------------------------------------------------------------
 
 DEFAULTS = {    # steps and learning rates by task, for --help's (by task)
-    "text": dict(distill_steps=300, distill_lr=3e-2, steps=400, lr=1e-3),
+    "text": dict(distill_steps=400, distill_lr=3e-2, steps=400, lr=1e-3),
     "listops": dict(teacher_steps=3000, teacher_lr=1e-3, distill_steps=500, distill_lr=1e-2,
                     steps=1000, lr=3e-4),
     "glue": dict(teacher_steps=1300, teacher_lr=1e-4, distill_steps=300, distill_lr=1e-2,

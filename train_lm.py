@@ -43,7 +43,7 @@ from hedgehog import FEATURE_MAPS, GPT, GPTConfig
 # Shape and budget by hardware; --batch-size is the sequences of one optimizer step over all GPUs.
 PRESETS = {
     # A laptop: minutes.
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, micro_batch=8,
+    "tiny": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=8, micro_batch=8,
                  steps=1300, lr=3e-3, dropout=0.0, eval_every=650),
     # One GPU: minutes; one pass over the data.
     "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, batch_size=16, micro_batch=16,

@@ -150,10 +150,10 @@ def test_loss_gradient(causal, mask):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("mask", [None, padding()])
-def test_loss_is_the_cross_entropy_whatever_the_block(causal, mask):
+def test_loss_is_the_kl_whatever_the_block(causal, mask):
     q, k = qk()
     m = noisy_map()
-    expected = attention_cross_entropy(
+    expected = attention_kl(
         softmax_attention_weights(q, k, causal, mask),
         linear_attention_weights(*m(q, k, None), causal, mask), mask)
     for block in (1, 4, T, 100):
