@@ -334,12 +334,12 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 #   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
 #     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
 #   - at most 168 registers a thread, so that three programs run on an SM and not two: they spill
-#   - tensor descriptors (TMA) for loads; reading one word of each of the next chunk's sectors ahead
+#   - tensor descriptors (TMA) for loads; touching the next chunk's rows ahead of time
 #   - chunks of 32 (too small for the fast matrix instructions) and, where they fit, of 128 (more
 #     work above the diagonal, one program at a time on an SM)
 #   - z and dz as a tl.sum over rows instead of a dot: forward 0.40 ms instead of 0.32
-# What bounds it, by the hardware's counters: the registers of two programs, 8 warps, fill an SM, and
-# in 65 to 72 % of the cycles none of them is ready to issue; memory is 35 to 59 % busy.
+# What bounds it, by the hardware's counters: the registers of two programs, 8 warps, fill an SM;
+# in 65 to 72 % of the cycles no warp is ready to issue; memory is 35 to 59 % busy.
 # A trap: a 16-column right operand made inside the loop, [C, 16], gave wrong numbers (Triton 3.6);
 # that is why the weights that add up z are 16 rows and on the left.
 
