@@ -53,6 +53,14 @@ def test_blocks_print_what_is_shown(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_quoted_lines_are_in_the_kernel():
+    """Blocks marked py are lines of kernel.py, but for their comments."""
+    code = [{line.split("#")[0].strip() for line in text.splitlines() if line.strip()} for text in (
+        "".join(re.findall(r"^```py\n(.*?)^```$", (ROOT / "tutorial.md").read_text(), re.M | re.S)),
+        (ROOT / "kernel.py").read_text())]
+    assert code[0] and not code[0] - code[1]
+
+
 def test_a_wrong_output_is_noticed():
     text = "```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n"
     assert [(a, b) for _, a, b in outputs(text)] == [("", ""), ("3\n", "2\n")]
