@@ -296,7 +296,7 @@ def mean_over_queries(x, queries):
 
 
 def attention_cross_entropy(teacher, student, queries=None):
-    """-sum_j a_ij log b_ij, a the teacher's weights and b the student's: the distillation loss."""
+    """-sum_j a_ij log b_ij, a the teacher's weights and b the student's."""
     return mean_over_queries(-(teacher * student.clamp(min=SMALLEST).log()).sum(-1), queries)
 
 
@@ -320,7 +320,8 @@ def monotonicity(weights, q, k, causal=True, key_mask=None):
     r, s = (ranks(x.masked_fill(~seen, math.inf)) - (n.unsqueeze(-1) - 1) / 2
             for x in (weights, q @ k.mT))                   # from -(n-1)/2 to (n-1)/2: mean 0
     r, s = r * seen, s * seen
-    correlation = (r * s).sum(-1) / (r.square().sum(-1) * s.square().sum(-1)).sqrt().clamp(min=0.25)
+    spread = (r.square().sum(-1) * s.square().sum(-1)).sqrt()           # 0 if all are alike, or
+    correlation = (r * s).sum(-1) / spread.clamp(min=0.25)              # at least 0.5
     counted = n > 1
     if key_mask is not None:
         counted = counted & key_mask[:, None, -q.size(2):]

@@ -501,7 +501,8 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
 
 # Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: the fastest of
 # C in {32, 64, 128}, 4 or 8 warps and 1 to 3 stages on an H200, tried on an earlier form of these
-# kernels (the states are per chunk, so C is one for all). Wider heads and other dtypes: the largest tiles that fit into shared memory.
+# kernels (the states are per chunk, so C is one for all). Wider heads and other dtypes: the largest
+# tiles that fit into shared memory.
 TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
          backward_kv_kernel: (64, 4, 1)}
 OTHER_TILE = (32, 8, 1)

@@ -463,8 +463,8 @@ def save_checkpoint(path, state):
 
 
 def checkpoint_state(model, optimizer, progress, identity, machine):
-    """All that --resume and --sample need. `progress` is what train() counts, no_progress() at first;
-    `identity` (see run_identity) is what a resumed run has to agree on."""
+    """All that --resume and --sample need. `progress` is what train() counts, no_progress() at
+    first; `identity` (see run_identity) is what a resumed run has to agree on."""
     state = {"config": asdict(model.config), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "progress": progress, "identity": identity,
              "rng": torch.get_rng_state()}
@@ -610,7 +610,7 @@ def train(args, data, machine):
     if "test" in data.splits:
         result["test"] = evaluate(compiled, data, "test", args, machine)
     result |= {"seconds": round(progress["seconds"], 1),
-               "tokens_per_second": round(tokens / progress["seconds"]),
+               "tokens_per_second": round(tokens / (progress["seconds"] or math.inf)),
                "device": machine.name, "precision": machine.precision, "seed": args.seed,
                "config": asdict(config)}
     return raw_model, result

@@ -174,7 +174,7 @@ def run_distill(model, attentions=None, steps=5):
     batches = [(torch.randint(0, 40, (4, 12)), None) for _ in range(steps)]
     with distill.tqdm(disable=True) as bar:
         return distill.distill(attentions or attention_layers(model), lambda b: model(*b),
-                               lambda step: [(batches[step], 1.0)], steps, 1e-2, bar)
+                               lambda step: [(batches[step], 1.0)], steps, 1e-2, bar)[1]
 
 
 def test_only_maps_move_and_the_loss_falls():
@@ -188,7 +188,7 @@ def test_only_maps_move_and_the_loss_falls():
 
 
 def test_layers_learn_apart():
-    """Another map in layer 2, or none at all, and layer 1 learns the same to the last bit."""
+    """Another map in layer 2 and layer 1 learns the same to the last bit."""
     one, two = student(teacher()), student(teacher())
     two.blocks[1].attn.feature_map.w_q.data.mul_(3)
     run_distill(one)
@@ -379,8 +379,10 @@ def test_end_to_end(capsys, here):
     assert rows["softmax, the teacher"]["perplexity"] == pytest.approx(
         json.loads(Path("softmax/result.json").read_text())["valid"]["perplexity"])
     assert rows["softmax, the teacher"]["kl"] == pytest.approx(0, abs=1e-6)
-    stages = [json.loads(line)["stage"] for line in Path("d/log.jsonl").read_text().splitlines()]
-    assert stages == ["stage 1, hedgehog", "stage 2, hedgehog", "softmax"]
+    lines = [json.loads(line) for line in Path("d/log.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "name" in line] == result["rows"]
+    assert [line["stage"] for line in lines if "stage" in line] == [
+        "stage 1, hedgehog", "stage 2, hedgehog", "softmax, finetuned"]
     # train_lm.py samples from each checkpoint and goes on with it
     for stage in ("stage1", "stage2", "softmax"):
         code, out, _ = run(capsys, "--sample", "w3", "--out", f"d/{stage}", "--sample-tokens", 4,
@@ -391,12 +393,22 @@ def test_end_to_end(capsys, here):
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["valid"]["perplexity"] == pytest.approx(
         rows["hedgehog, stage 2"]["perplexity"], rel=0.05)
-    code, out, err = run(capsys, "--data", "text.txt", "--analyze", "d/stage1", "--plot", "f")
-    assert code == 0 and "hedgehog, trained" in out and "layer 2" in out
+    machine = train_lm.Machine("cpu", None)                 # a checkpoint gives its row's figure
+    model, state = train_lm.load_model(Path("d/stage1/checkpoint.pt"), machine)
+    args = distill.parse_args(["--data", "text.txt", "--micro-batch", "8"])
+    task = distill.text_task(args, machine, model, state)
+    assert task.evaluate(model) == pytest.approx(rows["hedgehog, stage 1"]["perplexity"])
+    code, out, err = run(capsys, "--data", "text.txt", "--analyze", "d/stage1", "--plot", "f",
+                         "--micro-batch", 8)
+    assert code == 0 and "layer 2" in out
+    layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
+    assert np.mean(layers["kl"]) == pytest.approx(rows["hedgehog, stage 1"]["kl"], rel=1e-4)
     assert "wrote f/entropy.png" in out or "pip install matplotlib" in out
-    code, out, err = run(capsys, "--data", "text.txt", "--transfer", "d/stage1", "--lengths", 8, 32)
+    code, out, err = run(capsys, "--data", "text.txt", "--transfer", "d/stage1", "d/stage2",
+                         "softmax", "--lengths", 8, 32)
     kl = json.loads(out.splitlines()[-1])["kl"]
     assert kl["hedgehog, trained (d/stage1)"]["32"] < 0.6 * kl["hedgehog"]["32"]
+    assert set(kl) == {*FEATURE_MAPS, *(f"hedgehog, trained (d/stage{i})" for i in (1, 2))}
 
 
 def test_without_stage_1_and_with_lora(capsys, here):
@@ -404,8 +416,11 @@ def test_without_stage_1_and_with_lora(capsys, here):
                          "--feature-map", "t2r", "--no-distill", "--lora", 2, *SHORT)
     assert code == 0, err
     assert [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]] == [
-        "softmax, the teacher", "t2r, swapped", "t2r, stage 2", "softmax, finetuned"]
+        "softmax, the teacher", "t2r-no-distill, swapped", "t2r-no-distill, stage 2",
+        "softmax, finetuned"]
     moved = train_lm.load_checkpoint(Path("t2r/stage2/checkpoint.pt"))["model"]
+    w_q = moved["blocks.0.attn.feature_map.w_q"]
+    assert not torch.equal(w_q, torch.eye(16).expand_as(w_q))       # maps learn with the adapters
     was = train_lm.load_checkpoint(Path("softmax/checkpoint.pt"))["model"]
     assert {name for name in was if not torch.equal(moved[name], was[name])} == {
         f"blocks.{i}.attn.{linear}.weight" for i in (0, 1) for linear in ("qkv", "proj")}
@@ -419,17 +434,35 @@ def test_compare(capsys, here):
     for name in FEATURE_MAPS:
         assert {f"{name}, swapped", f"{name}, stage 2"} <= set(names)
         assert (f"{name}, stage 1" in names) == (name in ("hedgehog", "hedgehog_exp", "t2r"))
-    assert {"t2r-no-distill, stage 2", "hedgehog-no-distill, stage 2"} <= set(names)
+    for name in ("t2r", "hedgehog"):
+        assert f"{name}-no-distill, stage 2" in names
+        assert f"{name}-no-distill, stage 1" not in names
 
 
 def test_trains_its_own_teacher(capsys, here, monkeypatch):
-    tiny = dict(zip((name[2:].replace("-", "_") for name in TINY[::2]), map(float, TINY[1::2])))
-    preset = {key: value if key == "lr" else int(value) for key, value in tiny.items()
-              if key != "sample_tokens"}
-    monkeypatch.setitem(train_lm.PRESETS, "tiny", preset | {"dropout": 0.0, "steps": 4})
-    code, out, err = run(capsys, "--data", "text.txt", "--out", "own", *SHORT)
+    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, micro_batch=8,
+                 lr=3e-3, dropout=0.0, eval_every=10)
+    monkeypatch.setitem(train_lm.PRESETS, "tiny", shape | {"epochs": 0.02})
+    args = ["--data", "text.txt", "--out", "own", *SHORT]
+    code, out, err = run(capsys, *args)
     assert code == 0, err
-    assert Path("own/teacher/checkpoint.pt").exists() and "train: 100%" in err
+    assert Path("own/teacher/result.json").exists() and "train: 100%" in err
+    first = Path("own/teacher/checkpoint.pt").read_bytes()
+    assert run(capsys, *args)[0] == 2                       # a finished run is not replaced
+    Path("own/result.json").unlink()                        # interrupted after the teacher
+    code, out, err = run(capsys, *args)
+    assert code == 0 and "train: 100%" not in err
+    assert Path("own/teacher/checkpoint.pt").read_bytes() == first
+    code, out, err = run(capsys, *args, "--overwrite", "--seed", 1)
+    assert code == 0 and Path("own/teacher/checkpoint.pt").read_bytes() != first
+
+
+def test_a_bad_argument_leaves_the_old_run_alone(capsys, here):
+    Path("kept").mkdir()
+    Path("kept/result.json").write_text("{}")
+    code, _, _ = run(capsys, "--data", "text.txt", "--teacher", "elu", "--out", "kept",
+                     "--overwrite")
+    assert code == 2 and Path("kept/result.json").read_text() == "{}"
 
 
 def test_listops(capsys, here):
@@ -467,6 +500,14 @@ def test_glue_from_a_language_model(capsys, here):
     ("--feature-map softmax", "--feature-map"),
     ("--data text.txt --transfer softmax --lengths 64", "learned positions"),
     ("--listops-length 9 10", "LOW"),
+    ("--task listops --listops-length 1 5 --listops-examples 9000", "too few expressions"),
+    ("--task short --teacher softmax", "too few columns"),
+    ("--task none --teacher softmax", "no examples"),
+    ("--teacher softmax", "trained on text.txt"),
+    ("--data recall", "no text"),
+    ("--compare --no-distill", "--no-distill"),
+    ("--analyze elu --task listops", "--task"),
+    ("--data text.txt --teacher softmax --distill-steps 2 --steps 2 --lr 1e30 --out nan", "lower"),
 ])
 def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
     Path("empty.txt").write_text("")
@@ -475,8 +516,10 @@ def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
         np.arange(100, dtype=np.uint16).tofile(f"other/{split}.bin")
     Path("other/meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 300}')
     write_tsv("bad", "a\tb\n1\t2\n", "a\tb\n1\t2\n")
+    write_tsv("short", "sentence\tlabel\nx\n", "sentence\tlabel\nx\t1\n")
+    write_tsv("none", "sentence\tlabel\nx\t1\n", "sentence\tlabel\n")
     Path("gone").mkdir(exist_ok=True)
     Path("gone/result.json").write_text("{}")
     code, _, err = run(capsys, *args.split())
     assert code == 2
-    assert words in err.splitlines()[-1] and "error: " in err.splitlines()[-1]
+    assert words in err.splitlines()[-1] and err.count("error: ") == 1 and "Traceback" not in err
