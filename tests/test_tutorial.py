@@ -17,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")          # before kernel.py is imported
 import distill
 import tables
 import train_lm
@@ -47,7 +49,7 @@ def test_blocks_print_what_is_shown(monkeypatch, tmp_path):
         blocks = list(outputs(text))
     finally:
         torch.set_num_threads(threads)                      # the first block wants one
-    assert len(blocks) == text.count("```python") > 10
+    assert len(blocks) == text.count("```python") >= 9
     for line, expected, printed in blocks:
         assert printed == expected, f"tutorial.md, block at line {line}"
     assert not list(tmp_path.iterdir())
