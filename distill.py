@@ -723,13 +723,16 @@ def plot(task, model, linear, maps, table, folder):
     for axis, name in zip(axes.flat, names):
         axis.plot(logits[-1], weights[name][-1], ".")       # all keys of the last query
         axis.set(title=name, xlabel="q.k / sqrt d", ylabel="weight")
+    for axis in axes.flat[len(names):]:
+        axis.remove()
     figure.tight_layout()
     save(figure, "monotonicity.png")
 
     figure, axis = plt.subplots(figsize=(6, 4))
     for name, figures in table.items():
-        axis.plot(range(1, len(found) + 1), figures["entropy"], "o-", label=name)
-    axis.set(xlabel="layer", ylabel="mean entropy of the weights, nats")
+        axis.plot(figures["entropy"], "ko--" if name == "softmax" else "o-", label=name)
+    axis.set(xlabel="layer", ylabel="mean entropy of the weights, nats",
+             xticks=range(len(found)), xticklabels=range(1, len(found) + 1))
     axis.legend(bbox_to_anchor=(1, 1))
     save(figure, "entropy.png")
 
