@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch is imported, and for the processes that tests start: on tensors this small threads
+# mostly wait for each other, for ever so long if another program has the other core.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
