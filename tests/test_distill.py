@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,6 +188,18 @@ def test_only_maps_move_and_the_loss_falls():
         assert p.grad is None or "feature_map" in name
 
 
+def test_stage_1_runs_the_teacher():
+    model = teacher()
+    other, idx, seen = student(model), torch.randint(0, 40, (4, 12)), []
+
+    def forward(batch):
+        seen.append(other(batch)[0])
+
+    with distill.tqdm(disable=True) as bar:
+        distill.distill(attention_layers(other), forward, lambda step: [(idx, 1.0)], 3, 1e-2, bar)
+    assert len(seen) == 3 and all(torch.allclose(logits, model(idx)[0]) for logits in seen)
+
+
 def test_layers_learn_apart():
     """Another map in layer 2 and layer 1 learns the same to the last bit."""
     one, two = student(teacher()), student(teacher())
@@ -305,6 +318,38 @@ def test_glue_layouts(tmp_path):
     assert splits["valid"][0][1] == 1
 
 
+def classification(**args):
+    """A task of three sequences and two classes, on a CPU."""
+    examples = [(np.arange(n, dtype=np.uint8), label) for n, label in ((3, 0), (7, 1), (5, 0))]
+    args = SimpleNamespace(**{**dict(batch_size=3, micro_batch=2, seed=0, lora=2, lora_alpha=8.0),
+                              **args})
+    return distill.Classification("task", "bytes", 40, {"train": examples, "valid": examples}, args,
+                                  train_lm.Machine("cpu", None))
+
+
+def test_batches_say_what_is_padding():
+    idx, labels, mask = classification().batch("train", [2, 0])
+    assert mask.sum(1).tolist() == [5, 3] and labels.tolist() == [0, 0]
+    assert idx.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
+
+
+def test_shares_of_a_step_sum_to_one():
+    for size, pieces in ((3, [1.0]), (2, [2 / 3, 1 / 3]), (1, [1 / 3] * 3)):
+        shares = [share for _, share in distill.micro_batches(classification(micro_batch=size), 0)]
+        assert shares == pytest.approx(pieces)
+
+
+def test_lora_trains_adapters_and_maps_only(tmp_path):
+    task = classification(out=str(tmp_path))
+    model = teacher(attention="hedgehog", causal=False, num_classes=2).float()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    distill.train("stage", task, model, 2, 1e-2, rank=2)
+    for name, p in model.named_parameters():
+        moved = "feature_map" in name or name.endswith(("qkv.weight", "proj.weight"))
+        assert torch.equal(p, before[name]) != moved, name
+        assert p.requires_grad and (p.grad is None or moved), name
+
+
 def test_classifier_ignores_padding():
     for attention in ("softmax", "hedgehog", "elu"):
         model = teacher(attention=attention, causal=False, num_classes=3)
@@ -376,6 +421,7 @@ def test_end_to_end(capsys, here):
     assert list(rows) == names and all(name in out for name in names)
     assert rows["hedgehog, stage 1"]["kl"] < 0.5 * rows["hedgehog, swapped"]["kl"]
     assert rows["hedgehog, stage 2"]["perplexity"] < rows["hedgehog, swapped"]["perplexity"]
+    assert rows["softmax, finetuned"]["perplexity"] < rows["softmax, the teacher"]["perplexity"]
     assert rows["softmax, the teacher"]["perplexity"] == pytest.approx(
         json.loads(Path("softmax/result.json").read_text())["valid"]["perplexity"])
     assert rows["softmax, the teacher"]["kl"] == pytest.approx(0, abs=1e-6)
