@@ -17,6 +17,7 @@ analysis, the command line. OUT gets log.jsonl, result.json, and teacher/, stage
 softmax/ with a checkpoint.pt each, from which train_lm.py can sample a text and go on.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -419,7 +420,9 @@ def train(name, task, model, steps, lr, rank=0):
         adapted = maps + add_lora(attentions, rank, task.args.lora_alpha)
         groups = [{"params": [p.requires_grad_() for p in adapted], "weight_decay": 0.0}]
     model.train()
-    optimizer = run_stage(finetune, groups, name, task, lambda batch: model(*batch)[1], steps, lr)
+    torch.compiler.reset()              # what was compiled for other models is of no use here
+    forward = torch.compile(model) if task.args.compile else model
+    optimizer = run_stage(finetune, groups, name, task, lambda batch: forward(*batch)[1], steps, lr)
     if rank:
         merge_lora(attentions)
         model.requires_grad_(True)
@@ -820,6 +823,8 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=whole, default=0, help="of data order and weights (%(default)s)")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 where the GPU has it")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile stage 2 (default with a GPU, for models of text)")
     p.add_argument("--out", help="folder of the run (out/distill-DATA-MAP, MAP all if compared)")
     p.add_argument("--overwrite", action="store_true",
                    help="replace the run in --out and the teacher trained there")
@@ -828,6 +833,7 @@ def parse_args(argv=None):
     args.default_data = args.data is None
     args.data = args.data or ("wikitext103" if gpu else "stdlib")
     args.preset = args.preset or ("small" if gpu else "tiny")
+    args.compile = gpu and args.task is None if args.compile is None else args.compile
     task = "text" if args.task is None else "listops" if args.task == "listops" else "glue"
     for key, value in DEFAULTS[task].items():
         if getattr(args, key) is None:

@@ -3,6 +3,7 @@
 Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
 Mimicry", arXiv 2402.04347. From top to bottom: feature maps (`FEATURE_MAPS`), softmax attention,
 how alike two attentions are, one attention layer that can be either, the GPT around it.
+`python hedgehog.py` times generation.
 
 Glossary
     code            paper           shape               what
@@ -17,8 +18,14 @@ Glossary
     s               -                                   q.k / sqrt(d), softmax attention's logit
 """
 
+import argparse
+import json
 import math
+import shlex
+import sys
+import time
 from dataclasses import dataclass
+from datetime import date
 
 import torch
 from torch import nn
@@ -474,7 +481,11 @@ class GPT(nn.Module):
             weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)   # (B, T, 1)
             logits = self.classifier((x * weight).sum(1))
         else:
-            logits = self.lm_head(x)
+            # Rows of zeros, cut off again, make GPT-2's odd 50,257 a multiple of 8: what the fast
+            # matrix products of a GPU ask for, and half of a training step without it.
+            fill = -self.config.vocab_size % 8
+            weight = functional.pad(self.lm_head.weight, (0, 0, 0, fill))
+            logits = functional.linear(x, weight)[..., :self.config.vocab_size]
         if targets is None:
             return logits, None
         return logits, functional.cross_entropy(logits.flatten(0, -2), targets.flatten(),
@@ -514,3 +525,52 @@ class GPT(nn.Module):
             decay[p.dim() >= 2 and "feature_map" not in name].append(p)
         return [{"params": decay[True], "weight_decay": weight_decay},
                 {"params": decay[False], "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def time_generation(attention, contexts, batch, device):
+    """Tokens a second after so many tokens of context, and the bytes kept for each sequence.
+
+    Random weights; `batch` sequences of GPT-2's size side by side (small ones on a CPU), 32 steps.
+    """
+    size = {} if device == "cuda" else dict(n_layer=4, n_head=2, n_embd=128)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(attention=attention, position="rotary", **size)).to(device).eval()
+    if device == "cuda":
+        model.bfloat16()
+    table = []
+    for context in contexts:
+        idx = torch.randint(model.config.vocab_size, (batch, context + 36), device=device)
+        x, caches = model.hidden(idx[:, :context], [None] * model.config.n_layer)
+        kept = sum(x.nbytes for cache in caches for x in cache) // batch
+        for i in range(context, context + 36):
+            if i == context + 4:                            # the first ones warm up
+                float(x.sum())                              # waits for the device
+                start = time.perf_counter()
+            x, caches = model.hidden(idx[:, i:i + 1], caches, i)
+            x = model.lm_head(x)
+        float(x.sum())
+        speed = 32 * batch / (time.perf_counter() - start)
+        table.append({"attention": attention, "context": context, "bytes": kept,
+                      "tokens_per_second": round(speed)})
+        print(f"{attention:12}{context:>10,} tokens{kept:>16,} bytes{speed:>12,.0f} tokens/s",
+              flush=True)
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="generation after ever longer contexts: speed, "
+                                     "and bytes a sequence")
+    parser.add_argument("--contexts", type=int, nargs="+", help="in tokens (1024 4096 16384 65536; "
+                        "without a GPU 128 512 2048)")
+    parser.add_argument("--batch", type=int, default=16, help="sequences at once (%(default)s)")
+    args = parser.parse_args()
+    gpu, start = torch.cuda.is_available(), time.perf_counter()
+    contexts = args.contexts or ([1024, 4096, 16384, 65536] if gpu else [128, 512, 2048])
+    rows = [row for attention in ("softmax", "hedgehog") for row in time_generation(
+        attention, contexts, args.batch, "cuda" if gpu else "cpu")]
+    print(json.dumps({"generation": rows, "batch": args.batch, "data": "random tokens",
+                      "seconds": round(time.perf_counter() - start, 1), "seed": 0,
+                      "device": torch.cuda.get_device_name() if gpu else "cpu",
+                      "torch": torch.__version__, "date": str(date.today()),
+                      "command": shlex.join(["python", *sys.argv])}))

@@ -541,10 +541,10 @@ def train(args, data, machine):
         out.mkdir(parents=True, exist_ok=True)
         for old in (checkpoint, log, out / "result.json"):
             old.unlink(missing_ok=True)
-    compiled = torch.compile(raw_model) if args.compile else raw_model
-    model = DistributedDataParallel(compiled) if machine.world > 1 else compiled
+    model = torch.compile(raw_model) if args.compile else raw_model
+    model = DistributedDataParallel(model) if machine.world > 1 else model
     if machine.rank == 0:
-        print_header(args, data, machine, compiled)
+        print_header(args, data, machine, model)
 
     def save():
         if machine.rank == 0:
@@ -581,7 +581,7 @@ def train(args, data, machine):
                                     "--lr or --precision fp32; the last checkpoint is untouched")
             if evaluation:
                 progress["seconds"] += time.perf_counter() - start
-                progress["valid"] = evaluate(compiled, data, "valid", args, machine)
+                progress["valid"] = evaluate(raw_model, data, "valid", args, machine)
                 progress["losses"] = []
                 progress["evaluations"] += 1
                 if machine.rank == 0:
@@ -608,11 +608,14 @@ def train(args, data, machine):
               "parameters": count_parameters(raw_model),
               "steps": progress["step"], "tokens": tokens, "valid": progress["valid"]}
     if "test" in data.splits:
-        result["test"] = evaluate(compiled, data, "test", args, machine)
+        result["test"] = evaluate(raw_model, data, "test", args, machine)
     result |= {"seconds": round(progress["seconds"], 1),
                "tokens_per_second": round(tokens / (progress["seconds"] or math.inf)),
                "device": machine.name, "precision": machine.precision, "seed": args.seed,
                "config": asdict(config)}
+    if machine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(machine.device)
+        result["peak_memory_gib"] = round(peak / 2**30, 2)
     return raw_model, result
 
 
@@ -720,7 +723,8 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=whole, default=0, help="of weights and data order (%(default)s)")
     p.add_argument("--device", help="cuda if there is one, else cpu")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 where the GPU has it")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile the training step (default with a GPU)")
     p.add_argument("--out", help="folder of the run (out/DATA-ATTENTION)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -740,6 +744,7 @@ def parse_args(argv=None):
         if getattr(args, key) is None and not (key == "epochs" and args.steps):
             setattr(args, key, value)
     args.position = args.position or "learned"
+    args.compile = gpu if args.compile is None else args.compile
     args.out = args.out or f"out/{Path(args.data).resolve().name}-{args.attention}"
     return args
 

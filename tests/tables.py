@@ -2,8 +2,9 @@
 
     python tests/tables.py      rewrites what is between <!-- table KIND WORDS --> and <!-- end -->
 
-A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py. KIND is
-recall, scratch or distill; WORDS, if any, choose the tables whose title has all of them.
+A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the last
+line that hedgehog.py prints. KIND is recall, scratch, distill, speed (of short training runs) or
+generation; WORDS, if any, choose the tables whose title has all of them.
 """
 
 import json
@@ -30,11 +31,15 @@ def results(path=ROOT / "figures" / "results.jsonl"):
 
 def title(r):
     """The kind of table that a result belongs to, and which one."""
+    if "generation" in r:
+        return "generation", "generation"
     if "rows" in r:
         return "distill", f"{r['data']}, {r['command']}"
     if r.get("data") == "recall":
         return "recall", "recall"
     layers, width, steps = r["config"]["n_layer"], r["config"]["n_embd"], r["steps"]
+    if steps < 100:
+        return "speed", f"{layers} layers of width {width}"
     return "scratch", (f"{r['data']}, {layers} layers of width {width}, {steps:,} steps of "
                        f"{r['tokens'] // steps:,} tokens")
 
@@ -100,6 +105,30 @@ def scratch(title, lines):
          "above softmax, %", "in the paper, %"], rows, lines)
 
 
+def by_length(length, lines, columns):
+    """Cells of a row for each attention and thing measured, a column for each length."""
+    lengths = sorted({length(r) for r in lines})
+    found = {(r["attention"], length(r)): r for r in lines}
+    return [f"{n:,}" for n in lengths], [
+        [f"{name}: {what}", *(cell(found[name, n]) if (name, n) in found else "-" for n in lengths)]
+        for name in sorted({r["attention"] for r in lines}) for what, cell in columns.items()]
+
+
+def speed(title, lines):
+    head, rows = by_length(lambda r: r["config"]["block_size"], lines, {
+        "tokens/s": lambda r: f"{r['tokens_per_second']:,}",
+        "peak memory, GiB": lambda r: f"{r['peak_memory_gib']:.1f}"})
+    return markdown(["context", *head], rows, lines)
+
+
+def generation(title, lines):
+    r = lines[-1]
+    head, rows = by_length(lambda row: row["context"], r["generation"], {
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,}",
+        "bytes kept": lambda row: f"{row['bytes']:,}"})
+    return markdown([f"{r['batch']} sequences", *head], rows, [r])
+
+
 def distill(title, lines):
     r = lines[-1]
     rows = [[row["name"], f"{row[r['figure']]:.2f}", *(
@@ -116,7 +145,8 @@ def rewrite(text, lines):
             kind, name = title(r)
             if kind == match[1] and all(word in name for word in match[2].split()):
                 groups.setdefault(name, []).append(r)
-        make = {"recall": recall, "scratch": scratch, "distill": distill}[match[1]]
+        make = {"recall": recall, "scratch": scratch, "distill": distill, "speed": speed,
+                "generation": generation}[match[1]]
         body = "\n\n".join(make(*group) for group in groups.items()) or "*Not measured yet.*"
         return f"<!-- table {match[1]}{match[2]} -->\n\n{body}\n\n<!-- end -->"
 
