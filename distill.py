@@ -500,7 +500,8 @@ def save_stage(folder, task, model, optimizer=None, steps=0):
 def convert(task, teacher, name, stage_1=True, folder="."):
     """The rows of one map: swapped in, after stage 1, after stage 2."""
     args, label = task.args, name if stage_1 else f"{name}-no-distill"
-    model = model_with(replace(teacher.config, attention=name), teacher, args.seed)
+    config = replace(teacher.config, attention=name, feature_dim=args.feature_dim)
+    model = model_with(config, teacher, args.seed)
     rows = [row(f"{label}, swapped", task, model, linear=False)]
     if stage_1 and next(attention_layers(model)[0].feature_map.parameters(), None) is not None:
         mimic(f"stage 1, {label}", task, model, args.distill_steps, args.distill_lr)
@@ -526,7 +527,8 @@ def conversion(task, teacher):
                args.steps, args.lr, args.lora)]
     if task.name == "listops":          # as many steps as the teacher and stage 2 together
         torch.manual_seed(args.seed)
-        model = GPT(replace(teacher.config, attention=args.feature_map)).to(task.machine.device)
+        model = GPT(replace(teacher.config, attention=args.feature_map,
+                            feature_dim=args.feature_dim)).to(task.machine.device)
         models.append(("scratch", f"{args.feature_map}, from scratch", model,
                        args.teacher_steps + args.steps, args.teacher_lr, 0))
     for folder, name, model, steps, lr, rank in models:
@@ -797,6 +799,8 @@ def parse_args(argv=None):
     p.add_argument("--listops-examples", type=positive, default=20000,
                    help="to train on; Long Range Arena has 96000 (%(default)s)")
     p.add_argument("--feature-map", default="hedgehog", choices=FEATURE_MAPS, help="(%(default)s)")
+    p.add_argument("--feature-dim", type=whole, default=0, help="columns of a learned map's W; 0 "
+                   "is the head dim (%(default)s)")
     p.add_argument("--no-distill", action="store_true", help="leave stage 1 out")
     p.add_argument("--compare", action="store_true", help="every map with the same steps, and "
                    "those of T2R and Hedgehog without stage 1")

@@ -9,9 +9,10 @@ Glossary
     code            paper           shape               what
     B, T, H         -, n, -                             batch, time in tokens, heads
     d               d                                   head dim, n_embd / H; D in kernel.py
-    F               d'                                  feature dim, 2 d for Hedgehog
+    m               d'                                  columns of w_q and w_k, d unless asked for
+    F               2 d'                                features: 2 m for Hedgehog
     q, k, v         q, k, v         (B, H, T, d)        queries, keys, values
-    w_q, w_k        W               (H, d, d)           a Hedgehog map's weights, one W a head
+    w_q, w_k        W               (H, d, m)           a Hedgehog map's weights, one W a head
     phi_q, phi_k    phi(q), phi(k)  (B, H, T, F)        features
     S               -               (B, H, F, d)        linear attention's state: sum phi(k) v^T
     z               -               (B, H, F)           its normaliser: sum of phi(k)
@@ -47,6 +48,8 @@ class GPTConfig:
     attention: str = "hedgehog"     # "softmax" or a name in FEATURE_MAPS
     position: str = "learned"       # "learned" (GPT-2) or "rotary"
     exp_temperature: float = 1.0    # t of the map "exp"
+    qk_init: float = 1.0            # q and k projections start this many times as large
+    feature_dim: int = 0            # m, columns of a learned map's W; 0: as many as the head dim
     causal: bool = True             # False: an encoder, every token sees all
     num_classes: int = 0            # above 0: classify sequences, not predict tokens
 
@@ -98,9 +101,14 @@ class FeatureMap(nn.Module):
         return chunked_linear_attention(*self(q, k, positions), v, causal, key_mask, state)
 
 
-def identity_per_head(config):
-    """(H, d, d): each head's map starts as the identity (Appendix A)."""
-    return nn.Parameter(torch.eye(config.head_dim).repeat(config.n_head, 1, 1))
+def first_maps(config):
+    """w_q and w_k (H, d, m), alike: each head starts with the identity (Appendix A) and, if they are
+    wider than d, random rotations beside it."""
+    d, m = config.head_dim, config.feature_dim or config.head_dim
+    blocks = [torch.eye(d).repeat(config.n_head, 1, 1)]
+    blocks += [torch.linalg.qr(torch.randn_like(blocks[0]))[0] for _ in range((m - 1) // d)]
+    W = torch.cat(blocks, dim=-1)[..., :m]
+    return nn.Parameter(W.clone()), nn.Parameter(W.clone())
 
 
 class Hedgehog(FeatureMap):
@@ -114,15 +122,15 @@ class Hedgehog(FeatureMap):
 
     def __init__(self, config):
         super().__init__(config)
-        self.w_q = identity_per_head(config)
-        self.w_k = identity_per_head(config)
+        self.w_q, self.w_k = first_maps(config)
 
     def forward(self, q, k, positions):
         return hedgehog_features(q, self.w_q), hedgehog_features(k, self.w_k)
 
     def attend(self, q, k, v, positions, state=None, causal=True, key_mask=None):
-        """The same numbers as FeatureMap.attend; causal ones on a GPU from fused kernels."""
-        if causal and key_mask is None:
+        """The same numbers as FeatureMap.attend; causal ones from kernels with the map inside, if
+        w_q and w_k are (H, d, d)."""
+        if causal and key_mask is None and self.w_q.size(-1) == q.size(-1):
             return hedgehog_attention(q, k, v, self.w_q, self.w_k, state)
         return super().attend(q, k, v, positions, state, causal, key_mask)
 
@@ -142,7 +150,7 @@ class HedgehogExp(FeatureMap):
 
     def __init__(self, config):
         super().__init__(config)
-        self.w_q, self.w_k = identity_per_head(config), identity_per_head(config)
+        self.w_q, self.w_k = first_maps(config)
 
     def forward(self, q, k, positions):
         q, k = q @ self.w_q, k @ self.w_k
@@ -154,9 +162,9 @@ class T2R(FeatureMap):
 
     def __init__(self, config):
         super().__init__(config)
-        self.w_q, self.w_k = identity_per_head(config), identity_per_head(config)
-        self.b_q = nn.Parameter(torch.zeros(config.n_head, 1, config.head_dim))
-        self.b_k = nn.Parameter(torch.zeros(config.n_head, 1, config.head_dim))
+        self.w_q, self.w_k = first_maps(config)
+        self.b_q = nn.Parameter(torch.zeros_like(self.w_q[:, :1]))      # (H, 1, m)
+        self.b_k = nn.Parameter(torch.zeros_like(self.w_k[:, :1]))
 
     def forward(self, q, k, positions):
         return (q @ self.w_q + self.b_q).relu(), (k @ self.w_k + self.b_k).relu()
@@ -440,8 +448,11 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:               # 2 n_layer layers add to the residual stream
+        for block in self.blocks:
+            with torch.no_grad():
+                block.attn.qkv.weight[:2 * config.n_embd] *= config.qk_init
             for linear in (block.attn.proj, block.mlp[2]):
+                # 2 n_layer of them add to the residual stream
                 nn.init.normal_(linear.weight, std=std / math.sqrt(2 * config.n_layer))
 
     def check_length(self, length):

@@ -524,7 +524,8 @@ def train(args, data, machine):
         config = GPTConfig(vocab_size=data.vocab_size, **{
             key: getattr(args, key) for key in ("block_size", "n_layer", "n_head", "n_embd",
                                                 "dropout", "attention", "position",
-                                                "exp_temperature")})
+                                                "exp_temperature", "feature_dim",
+                                                "qk_init")})
     except ValueError as e:
         raise UserError(str(e))
     torch.manual_seed(args.seed)
@@ -703,6 +704,10 @@ def parse_args(argv=None):
     p.add_argument("--attention", default="hedgehog", choices=["softmax", *FEATURE_MAPS],
                    help="softmax or a feature map (%(default)s)")
     p.add_argument("--exp-temperature", type=amount, default=1.0, help="t of exp (%(default)s)")
+    p.add_argument("--feature-dim", type=whole, default=0, help="columns of a learned map's W; 0 "
+                   "is the head dim (%(default)s)")
+    p.add_argument("--qk-init", type=amount, default=1.0, help="q and k projections start this many "
+                   "times as large as in GPT-2 (%(default)s)")
     p.add_argument("--position", choices=["learned", "rotary"], help="positions (preset)")
     p.add_argument("--preset", choices=[name for name in PRESETS if name != "recall"],
                    help="tiny (default without a GPU), small, or gpt2 (default with one): sets "

@@ -1,6 +1,10 @@
 """What defines each feature map, and the GPT around it."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +240,49 @@ def test_initialisation():
     assert gpt.lm_head.weight is gpt.wte.weight
     loss = gpt(torch.randint(0, 1000, (1, 100)), torch.randint(0, 1000, (1, 100)))[1]
     assert abs(loss - math.log(1000)) < 0.5
+
+
+def test_larger_queries_and_keys_at_the_start():
+    torch.manual_seed(0)
+    plain = dict(GPT(config()).named_parameters())
+    torch.manual_seed(0)
+    for name, p in GPT(config(qk_init=3.0)).named_parameters():
+        expected = plain[name].detach().clone()
+        if name.endswith("attn.qkv.weight"):
+            expected[:2 * H * D] *= 3
+        assert torch.equal(p, expected), name
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_exp", "t2r"])
+def test_wide_maps(name):
+    fresh = FEATURE_MAPS[name](config(name, feature_dim=12))
+    assert torch.equal(fresh.w_q, fresh.w_k) and fresh.w_q is not fresh.w_k
+    assert torch.equal(fresh.w_q[..., :D], torch.eye(D).expand(H, D, D))
+    rest = fresh.w_q[..., D:]                               # columns of a rotation
+    assert torch.allclose(rest.mT @ rest, torch.eye(12 - D), atol=1e-5)
+    _, phi_q, phi_k = features(name, *qk(), feature_dim=12)
+    assert phi_q.size(-1) == phi_k.size(-1) == (12 if name == "t2r" else 24)
+    gpt, idx = model(name, feature_dim=12), torch.randint(0, 50, (B, 20))
+    new = gpt.generate(idx, 1, temperature=0)[:, -1]        # the state's shape follows
+    assert torch.equal(new, gpt(idx)[0][:, -1].argmax(-1))
+
+
+def test_logits_are_the_product_with_the_embedding():
+    gpt, idx = model(), torch.randint(0, 50, (B, 9))        # 50 is no multiple of 8
+    logits = gpt(idx)[0]
+    assert logits.shape == (B, 9, 50)
+    assert torch.allclose(logits, gpt.hidden(idx)[0] @ gpt.wte.weight.T)
+
+
+def test_generation_is_timed():
+    program = Path(__file__).parent.parent / "hedgehog.py"
+    run = subprocess.run([sys.executable, program, "--contexts", "8", "40", "--batch", "2"],
+                         capture_output=True, text=True, check=True)
+    rows = json.loads(run.stdout.splitlines()[-1])["generation"]
+    kept = {(row["attention"], row["context"]): row["bytes"] for row in rows}
+    assert kept["softmax", 40] == 5 * kept["softmax", 8] == 40 * 4 * 2 * 128 * 4
+    assert kept["hedgehog", 40] == kept["hedgehog", 8] == 4 * 2 * 128 * (64 + 1) * 4
+    assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 def test_gpt2_has_124m_parameters():
