@@ -158,6 +158,7 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 # The comment at the end of a line is the shape of the tile on it.
 
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -202,6 +203,17 @@ def head(x, strides, bh, H):
 
 
 @triton.jit
+def prefetch(x, stride, rows, height):
+    """Asks for the first 128 bytes of each row, all of it for bf16 and a head dim of 64: when they
+    are loaded later they come from the L2 cache. It is one instruction, which Triton has no name
+    for; it writes 0 to a register that nobody reads."""
+    where = x + tl.minimum(rows, height - 1).to(tl.int64) * stride
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                                  [where.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_map(w, bh, H, LEARNED: tl.constexpr, BX: tl.constexpr):
     if LEARNED:
         f = tl.arange(0, BX)
@@ -218,7 +230,7 @@ def plus_minus():
 
 @triton.jit
 def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
-    """scale phi(x) of a chunk, as an operand."""
+    """scale phi(x) of a chunk."""
     if LEARNED:
         # h = x W,  phi = [softmax(h), softmax(-h)];  e^h = 2^(h log2 e) is one instruction
         h = dot(x, W, P) * LOG2E                                            # [C, d]
@@ -227,8 +239,8 @@ def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
         phi = e * (scale[:, None] / tl.sum(e, 2))[:, :, None]               # [C, 2, d]
         phi = tl.reshape(phi, (x.shape[0], 2 * x.shape[1]))                 # [C, F]
     else:
-        phi = x * scale[:, None]                                            # [C, F]
-    return operand(phi, P)
+        phi = x.to(tl.float32) * scale[:, None]                             # [C, F]
+    return phi
 
 
 @triton.jit
@@ -291,8 +303,11 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
         q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
 
-        phi_k = features(k_c, W_k, real, LEARNED, P)                        # [C, F]
-        phi_q = features(q_c, W_q, real, LEARNED, P)                        # [C, F]
+        prefetch(k, k_strides[2], rows + C, T)      # the loads above run ahead by a round less
+        prefetch(q, q_strides[2], rows + C, T)      # than their stages say: they are issued at
+        prefetch(v, v_strides[2], rows + C, T)      # the end of a round and waited for at once
+        phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
+        phi_q = operand(features(q_c, W_q, real, LEARNED, P), P)            # [C, F]
 
         # from this chunk: num_i = sum_j A_ij v_j,  den_i = sum_j A_ij,  A_ij = phi(q_i).phi(k_j)
         A = tl.where(causal, dot(phi_q, transposed(phi_k, P), P), 0.0)      # [C, C]
@@ -375,7 +390,7 @@ def states_kernel(x, u, w, inv_den, delta, state, chunk_states, state_end, x_str
             weight = -tl.load(delta + row, mask=rows < T, other=0.0)
         x_c = load(x, x_strides[2], rows, b, T, X)                          # [C, d]
         u_c = load(u, u_strides[2], rows, c, T, D)                          # [C, D]
-        phi = features(x_c, W, scale, LEARNED, P)                           # [C, F]
+        phi = operand(features(x_c, W, scale, LEARNED, P), P)               # [C, F]
 
         # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j)
         S += dot(transposed(u_c, P), phi, P)                                # [D, F]
@@ -428,7 +443,8 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
         S, z = load(S_at, F, c, f, D, F), tl.load(S_at + D * F + f, mask=f < F, other=0.0)
         inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
-        phi_k = features(k_c, W_k, tl.where(rows < T, 1.0, 0.0), LEARNED, P)        # [C, F]
+        real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
+        phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
 
         # delta_i = dy_i.y_i,  B_ij = dy_i.v_j - delta_i for j <= i
         y_c = load(y, y_strides[2], rows, c, T, D)                          # [C, D]
@@ -438,9 +454,15 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
         B = tl.where(causal, B, 0.0)
 
         # dphi(q_i) = (sum_j B_ij phi(k_j) + S dy_i - delta_i z) / den_i, then dq and dW_q
-        phi_q = features(q_c, W_q, tl.where(rows < T, 1.0, 0.0), LEARNED, P)        # [C, F]
+        phi_q = features(q_c, W_q, real, LEARNED, P)                        # [C, F]
         dphi = dot(B, phi_k, P) + dot(dy_c, S, P)                           # [C, F]
         dphi = (dphi - delta_c[:, None] * z.to(tl.float32)[None, :]) * inv[:, None]
+        # what follows is long and touches no memory: time to fetch the next chunk
+        prefetch(k, k_strides[2], rows + C, T)
+        prefetch(q, q_strides[2], rows + C, T)
+        prefetch(v, v_strides[2], rows + C, T)
+        prefetch(y, y_strides[2], rows + C, T)
+        prefetch(dy, dy_strides[2], rows + C, T)
         dq_c, dW = map_gradient(q_c, W_q, phi_q, dphi, LEARNED, P)
         store(dq, dq_strides[2], rows, b, T, X, dq_c)
         dW_q += dW                                                          # [d, d]
@@ -480,8 +502,9 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
             dz += tl.load(at + D * F + f, mask=f < F, other=0.0)            # [F]
         inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
         delta_c = tl.load(delta + row, mask=rows < T, other=0.0)            # [C]
-        phi_k = features(k_c, W_k, tl.where(rows < T, 1.0, 0.0), LEARNED, P)        # [C, F]
-        a = features(q_c, W_q, inv, LEARNED, P)                             # [C, F]
+        real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
+        phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
+        a = operand(features(q_c, W_q, inv, LEARNED, P), P)                 # [C, F]
 
         # dphi(k_j) = sum_i B_ij a_i + dS v_j + dz, then dk and dW_k
         B = dot(v_c, transposed(dy_c, P), P) - delta_c[None, :]             # [C, C]
@@ -541,6 +564,18 @@ class Problem:
         """Empty (B, H, T, dim), in memory (B, T, H, dim): what a projection reads as a view."""
         return self.v.new_empty(self.B, self.T, self.H, dim).transpose(1, 2)
 
+    def empty_forward(self):
+        """y, 1 / den, the last state, and the states before segments if there are several."""
+        inv_den = self.v.new_empty(self.v.shape[:3], dtype=torch.float32)
+        return [self.heads(self.D), inv_den, self.state(),
+                self.state(self.N) if self.N > 1 else self.v.new_empty(0, dtype=torch.float32)]
+
+    def empty_backward(self, w, given):
+        """The gradients of q, k, v, of both w, and of the first state."""
+        return [self.heads(self.X), self.heads(self.X), self.heads(self.D),
+                self.v.new_empty(0) if w is None else w.new_empty(2, *w.shape),
+                self.state() if given else self.v.new_empty(0, dtype=torch.float32)]
+
     def launch(self, kernel, *args, **switches):
         """Pointers first, then the strides of those that are (B, H, T, ..) tensors, then sizes."""
         C, num_warps, num_stages = self.tile(kernel)
@@ -560,8 +595,9 @@ class Problem:
         return before
 
 
-# Two operators that torch.compile, autograd and autocast see as one step each. An optional tensor
-# that is not there is None on the way in and has no elements on the way out.
+# Two functions that launch the kernels, and an operator of each, which torch.compile, autograd and
+# autocast see as one step. An optional tensor that is not there is None on the way in and has no
+# elements on the way out.
 Tensor, Maybe = torch.Tensor, torch.Tensor | None
 
 
@@ -569,12 +605,11 @@ def row_contiguous(*tensors):
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("hedgehog::linear_attention", mutates_args=())
-def fused(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe, chunk: int,
-          segment: int) -> list[Tensor]:
+def run_forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe, chunk: int,
+                segment: int) -> list[Tensor]:
     q, k, v = row_contiguous(q, k, v)
     problem = Problem(q, v, w_q, chunk, segment)
-    y, inv_den, end, before = empty_forward(q, k, v, w_q, w_k, state, chunk, segment)
+    y, inv_den, end, before = problem.empty_forward()
     with torch.cuda.device_of(v):
         if problem.N > 1:
             own = problem.state(problem.N)
@@ -586,23 +621,15 @@ def fused(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe,
     return [y, inv_den, end, before]
 
 
-@fused.register_fake
-def empty_forward(q, k, v, w_q, w_k, state, chunk, segment):
-    problem = Problem(q, v, w_q, chunk, segment)
-    return [problem.heads(problem.D), v.new_empty(v.shape[:3], dtype=torch.float32),
-            problem.state(),
-            problem.state(problem.N) if problem.N > 1 else v.new_empty(0, dtype=torch.float32)]
-
-
-@torch.library.custom_op("hedgehog::linear_attention_backward", mutates_args=())
-def fused_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Maybe,
-                   y: Tensor, inv_den: Tensor, dy: Tensor, dstate: Maybe, chunk: int,
-                   segment: int) -> list[Tensor]:
+def run_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Maybe, y: Tensor,
+                 inv_den: Tensor, dy: Tensor, dstate: Maybe, given: bool, chunk: int,
+                 segment: int) -> list[Tensor]:
+    """`given`: there was a first state, and it gets a gradient."""
     q, k, v, dy = row_contiguous(q, k, v, dy)
     problem = Problem(q, v, w_q, chunk, segment)
-    dq, dk, dv, dw, _ = empty_backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, chunk,
-                                       segment)
-    delta, own, X = torch.empty_like(inv_den), problem.state(problem.N), problem.X
+    dq, dk, dv, dw, dstate_0 = problem.empty_backward(w_q, given)
+    delta, X = torch.empty_like(inv_den), problem.X
+    own = problem.state(problem.N) if given or problem.N > 1 else None
     parts = v.new_empty(2, problem.B, problem.H, problem.N, X, X, dtype=torch.float32) \
         if w_q is not None else (None, None)
     with torch.cuda.device_of(v):
@@ -621,19 +648,28 @@ def fused_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, befo
         problem.launch(backward_kv_kernel, q, k, v, w_q, w_k, dy, inv_den, delta, states, later,
                        dk, dv, parts[1], q.stride(), k.stride(), v.stride(), dy.stride(),
                        dk.stride(), dv.stride())
-        dstate_0 = own[:, :, 0].contiguous()
-        if later is not None:
-            dstate_0 = dstate_0 + later.view_as(own)[:, :, 0]
+        if given:
+            dstate_0.copy_(own[:, :, 0])
+            if later is not None:
+                dstate_0 += later.view_as(own)[:, :, 0]
         if w_q is not None:     # the same sum in the same order every time: no atomics
             dw.copy_(parts.sum((1, 3)))
     return [dq, dk, dv, dw, dstate_0]
 
 
+fused = torch.library.custom_op("hedgehog::linear_attention", run_forward, mutates_args=())
+fused_backward = torch.library.custom_op("hedgehog::linear_attention_backward", run_backward,
+                                         mutates_args=())
+
+
+@fused.register_fake
+def _(q, k, v, w_q, w_k, state, chunk, segment):
+    return Problem(q, v, w_q, chunk, segment).empty_forward()
+
+
 @fused_backward.register_fake
-def empty_backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, chunk, segment):
-    problem = Problem(q, v, w_q, chunk, segment)
-    return [problem.heads(q.shape[-1]), problem.heads(k.shape[-1]), problem.heads(problem.D),
-            v.new_empty(0) if w_q is None else w_q.new_empty(2, *w_q.shape), problem.state()]
+def _(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, given, chunk, segment):
+    return Problem(q, v, w_q, chunk, segment).empty_backward(w_q, given)
 
 
 def save_for_backward(ctx, inputs, output):
@@ -644,18 +680,33 @@ def save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)        # nobody used the last state: no zeros to read, None
 
 
-def backward(ctx, grads):
+def backward(ctx, grads, run=fused_backward):
     q, k, v, w_q, w_k, before, y, inv_den = ctx.saved_tensors
     dy, _, dstate, _ = grads
     dy = torch.zeros_like(y) if dy is None else dy
     dstate = None if dstate is None else dstate.contiguous()
-    dq, dk, dv, dw, dstate = fused_backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate,
-                                            ctx.chunk, ctx.segment)
+    dq, dk, dv, dw, dstate_0 = run(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, ctx.given,
+                                   ctx.chunk, ctx.segment)
     dw_q, dw_k = (None, None) if w_q is None else dw
-    return dq, dk, dv, dw_q, dw_k, dstate if ctx.given else None, None, None
+    return dq, dk, dv, dw_q, dw_k, dstate_0 if ctx.given else None, None, None
 
 
 fused.register_autograd(backward, setup_context=save_for_backward)
+
+
+class Eager(torch.autograd.Function):
+    """The operator without torch.library, whose bookkeeping takes as much CPU time as a launch."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = run_forward(*inputs)
+        save_for_backward(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return backward(ctx, grads, run_backward)
 
 
 @torch.compiler.assume_constant_result
@@ -689,7 +740,8 @@ def attend(q, k, v, w_q, w_k, state, chunk, segment):
         state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
     if w_q is not None:
         w_q, w_k = w_q.contiguous(), w_k.contiguous()
-    y, _, end, _ = fused(q, k, v, w_q, w_k, state, chunk or 0, segment or 0)
+    run = fused if torch.compiler.is_compiling() else Eager.apply
+    y, _, end, _ = run(q, k, v, w_q, w_k, state, chunk or 0, segment or 0)
     return y, (end[..., :-1, :].mT, end[..., -1, :])
 
 
