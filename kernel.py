@@ -303,9 +303,10 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
         q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
 
-        prefetch(k, k_strides[2], rows + C, T)      # the loads above run ahead by a round less
-        prefetch(q, q_strides[2], rows + C, T)      # than their stages say: they are issued at
-        prefetch(v, v_strides[2], rows + C, T)      # the end of a round and waited for at once
+        # Triton issues the next round's loads at the end of this one and waits for them at once
+        prefetch(k, k_strides[2], rows + C, T)
+        prefetch(q, q_strides[2], rows + C, T)
+        prefetch(v, v_strides[2], rows + C, T)
         phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
         phi_q = operand(features(q_c, W_q, real, LEARNED, P), P)            # [C, F]
 
@@ -348,13 +349,19 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 #     1.25 ms where the two below took 0.92; and 1.52 with chunks of 128 on 8 warps
 #   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
 #     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
-#   - at most 168 registers a thread, so that three programs run on an SM and not two: they spill
-#   - tensor descriptors (TMA) for loads; touching the next chunk's rows ahead of time
+#   - at most 168 registers a thread, so that three programs run on an SM and not two: most spill;
+#     states_kernel does not, and is no faster, as it moves 3 TB/s of the 4.28 that a copy does
+#   - tensor descriptors (TMA) for loads
+#   - the next chunk prefetched in backward_kv_kernel too (489 us, not 478), or in backward_q_kernel
+#     at the start of a round, where the stores to shared memory then wait for it (439, not 390)
+#   - the softmaxes' maxima and sums saved once and loaded later: a fifth to three tenths fewer
+#     instructions a round, but the gradients came no faster, and forward took 290 us, not 252
+#   - programs in reverse order, to meet what the kernel before left in the L2 cache
 #   - chunks of 32 (too small for the fast matrix instructions) and, where they fit, of 128 (more
 #     work above the diagonal, one program at a time on an SM)
 #   - z and dz as a tl.sum over rows instead of a dot: forward 0.40 ms instead of 0.32
 # What bounds it, by the hardware's counters: the registers of two programs, 8 warps, fill an SM;
-# in 65 to 72 % of the cycles no warp is ready to issue; memory is 35 to 59 % busy.
+# in 61 to 72 % of the cycles no warp is ready to issue; memory is 37 to 59 % busy.
 # A trap: a 16-column right operand made inside the loop, [C, 16], gave wrong numbers (Triton 3.6);
 # that is why the weights that add up z are 16 rows and on the left.
 
@@ -695,7 +702,7 @@ fused.register_autograd(backward, setup_context=save_for_backward)
 
 
 class Eager(torch.autograd.Function):
-    """The operator without torch.library, whose bookkeeping takes as much CPU time as a launch."""
+    """The operator without torch.library, whose bookkeeping doubles a forward call's CPU time."""
 
     @staticmethod
     def forward(ctx, *inputs):
