@@ -492,8 +492,9 @@ class GPT(nn.Module):
             weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)   # (B, T, 1)
             logits = self.classifier((x * weight).sum(1))
         else:
-            # Rows of zeros, cut off again, make GPT-2's odd 50,257 a multiple of 8: what the fast
-            # matrix products of a GPU ask for, and half of a training step without it.
+            # Rows of zeros, cut off again, make GPT-2's odd 50,257 a multiple of 8, which the fast
+            # matrix products of a GPU ask for: without them this one and its gradients took 30 of
+            # a training step's 70 ms (124M parameters, 16,384 tokens, one H200, not compiled).
             fill = -self.config.vocab_size % 8
             weight = functional.pad(self.lm_head.weight, (0, 0, 0, fill))
             logits = functional.linear(x, weight)[..., :self.config.vocab_size]

@@ -21,7 +21,7 @@ PAPER_RECALL = {"softmax": "100", "taylor": "100", "hedgehog": "100", "elu": "17
 PAPER_PERPLEXITY = {"softmax": 18.6, "hedgehog": 20.8, "elu": 25.6, "performer": 26.8}
 # Options that make no other row: they are in the title, or the result does not depend on them.
 ALIKE = set("""--attention --data --data-dir --tokenizer --preset --seed --steps --epochs --n-layer
-    --n-embd --batch-size --micro-batch --eval-every --out --device --compile --resume
+    --n-embd --dropout --batch-size --micro-batch --eval-every --out --device --compile --resume
     --overwrite""".split())
 
 
@@ -34,14 +34,15 @@ def title(r):
     if "generation" in r:
         return "generation", "generation"
     if "rows" in r:
-        return "distill", f"{r['data']}, {r['command']}"
+        return "distill", f"{r['data']}, {r['command']}."
     if r.get("data") == "recall":
         return "recall", "recall"
     layers, width, steps = r["config"]["n_layer"], r["config"]["n_embd"], r["steps"]
     if steps < 100:
         return "speed", f"{layers} layers of width {width}"
+    dropout = f", dropout {r['config']['dropout']}" if r["config"]["dropout"] else ""
     return "scratch", (f"{r['data']}, {layers} layers of width {width}, {steps:,} steps of "
-                       f"{r['tokens'] // steps:,} tokens")
+                       f"{r['tokens'] // steps:,} tokens{dropout}")
 
 
 def runs(lines):
@@ -94,7 +95,7 @@ def scratch(title, lines):
     for name in sorted(by_name, key=loss.get):
         by, attention = by_name[name], name.split()[0]
         same = name.replace(attention, "softmax", 1)        # softmax with the same options, if run
-        base, paper = loss.get(same, loss.get("softmax")), PAPER_PERPLEXITY.get(attention)
+        base, paper = loss.get(same, loss.get("softmax")), PAPER_PERPLEXITY.get(name)
         rows.append([name, f"{by[0]['parameters'] / 1e6:.1f} M", str(len(by)), *(
             spread(r[split][key] for r in by) if all(key in r.get(split, {}) for r in by) else "-"
             for split in ("valid", "test") for key in ("perplexity", "perplexity_per_word")),
@@ -129,8 +130,33 @@ def generation(title, lines):
     return markdown([f"{r['batch']} sequences", *head], rows, [r])
 
 
+def compare(r):
+    """A row for each map of a run with --compare."""
+    by_map = {}
+    for row in r["rows"]:
+        name, _, stage = row["name"].rpartition(", ")
+        by_map.setdefault(name, {})[stage] = row
+    best = by_map.pop("softmax")["finetuned"][r["figure"]]
+
+    def cells(key, digits, stages):
+        for stage in ("swapped", "stage 1", "stage 2")[:stages]:
+            yield f"{found[stage][key]:.{digits}f}" if stage in found else "-"
+
+    rows = []
+    for name, found in sorted(by_map.items(), key=lambda x: x[1]["stage 2"][r["figure"]]):
+        above = 100 * (found["stage 2"][r["figure"]] / best - 1)
+        rows.append([name, *cells(r["figure"], 2, 3), f"{above:.1f}", *cells("kl", 2, 3),
+                     *cells("entropy", 2, 2), *cells("monotonicity", 2, 2)])
+    return f"**{r['data']}, every map**\n\n" + markdown(
+        ["map", f"{r['figure']}: swapped", "stage 1", "stage 2", "above softmax, %", "KL: swapped",
+         "stage 1", "stage 2", "entropy: swapped", "stage 1", "monotonicity: swapped", "stage 1"],
+        rows, [r])
+
+
 def distill(title, lines):
     r = lines[-1]
+    if "--compare" in r["command"]:
+        return compare(r)
     rows = [[row["name"], f"{row[r['figure']]:.2f}", *(
         f"{row[key]:.3f}" for key in ("kl", "entropy_softmax", "entropy", "monotonicity"))]
         for row in r["rows"]]

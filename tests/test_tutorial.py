@@ -73,8 +73,8 @@ def test_a_wrong_output_is_noticed():
 
 def options():
     """script -> its --options."""
-    found = {"kernel.py": set(re.findall(r'add_argument\("(--[a-z-]+)',
-                                         (ROOT / "kernel.py").read_text()))}
+    found = {file: set(re.findall(r'add_argument\("(--[a-z-]+)', (ROOT / file).read_text()))
+             for file in ("kernel.py", "hedgehog.py")}
     for module in (train_lm, distill):
         with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
             module.parse_args(["--help"])
@@ -97,7 +97,7 @@ def vocabulary():
 def unknown(span, names, known):
     """What a piece of `inline code` names and the repository does not have."""
     source = "".join((ROOT / file).read_text() for file in SOURCES)
-    script = re.search(r"\b(train_lm|distill|kernel)\.py", span)
+    script = re.search(r"\b(train_lm|distill|kernel|hedgehog)\.py", span)
     after = span[script.end():] if script else span
     for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", after):
         if not any(option in found for file, found in known.items()
