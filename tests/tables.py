@@ -3,8 +3,9 @@
     python tests/tables.py      rewrites what is between <!-- table KIND WORDS --> and <!-- end -->
 
 A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the last
-line that hedgehog.py prints. KIND is recall, scratch, distill, speed (of short training runs) or
-generation; WORDS, if any, choose the tables whose title has all of them.
+line that hedgehog.py prints. KIND is recall, scratch, distill, gap (a line for each conversion of a
+language model), speed (of short training runs) or generation; WORDS, if any, choose the tables
+whose title has all of them.
 """
 
 import json
@@ -153,6 +154,24 @@ def compare(r):
         rows, [r])
 
 
+def gap(lines):
+    """Conversions of language models, closest to softmax first: what is left after each stage."""
+    rows = []
+    for r in lines:
+        by_stage = {row["name"].rpartition(", ")[2]: row for row in r["rows"]}
+        cells = [f"{by_stage[stage][key]:.{digits}f}" if stage in by_stage else "-"
+                 for stage, key, digits in (
+                     ("the teacher", "perplexity", 2), ("swapped", "perplexity", 2),
+                     ("stage 1", "perplexity", 2), ("stage 1", "kl", 3),
+                     ("stage 2", "perplexity", 2), ("finetuned", "perplexity", 2))]
+        above = 100 * (by_stage["stage 2"]["perplexity"] / by_stage["finetuned"]["perplexity"] - 1)
+        options = re.sub(r"^python | --(out \S+|overwrite)", "", r["command"])
+        rows.append([f"`{options}`", *cells, f"{above:.1f}"])
+    rows.sort(key=lambda row: float(row[-1]))
+    return markdown(["run", "teacher", "swapped", "stage 1", "its KL", "stage 2",
+                     "softmax finetuned", "above it, %"], rows, lines)
+
+
 def distill(title, lines):
     r = lines[-1]
     if "--compare" in r["command"]:
@@ -166,6 +185,10 @@ def distill(title, lines):
 
 def rewrite(text, lines):
     def table(match):
+        if match[1] == "gap":
+            made = gap([r for r in lines if r.get("figure") == "perplexity"
+                        and "--compare" not in r["command"]])
+            return f"<!-- table gap -->\n\n{made}\n\n<!-- end -->"
         groups = {}
         for r in lines:
             kind, name = title(r)

@@ -474,8 +474,10 @@ def test_without_stage_1_and_with_lora(capsys, here):
 
 def test_compare(capsys, here):
     code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "all",
-                         "--compare", *SHORT)
+                         "--compare", "--feature-dim", 24, *SHORT)
     assert code == 0, err
+    saved = train_lm.load_checkpoint(Path("all/hedgehog/stage2/checkpoint.pt"))["model"]
+    assert saved["blocks.0.attn.feature_map.w_q"].shape[-1] == 24
     names = [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]]
     for name in FEATURE_MAPS:
         assert {f"{name}, swapped", f"{name}, stage 2"} <= set(names)
@@ -483,6 +485,15 @@ def test_compare(capsys, here):
     for name in ("t2r", "hedgehog"):
         assert f"{name}-no-distill, stage 2" in names
         assert f"{name}-no-distill, stage 1" not in names
+
+
+def test_stage_2_is_compiled_for_text_on_a_gpu():
+    def compiled(*args):
+        return distill.parse_args(["--device", "cuda", *args]).compile
+
+    assert compiled() and not compiled("--no-compile") and not compiled("--task", "listops")
+    assert compiled("--task", "listops", "--compile")
+    assert not distill.parse_args(["--device", "cpu"]).compile
 
 
 def test_trains_its_own_teacher(capsys, here, monkeypatch):

@@ -372,6 +372,18 @@ def test_sample_from_a_checkpoint(capsys, text):
 # --- several processes, errors --------------------------------------------------------------------
 
 
+def test_training_is_compiled_on_a_gpu_or_if_asked(capsys, text, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    options = ["--data", text, *TINY]
+    plain = result(capsys, *options, "--out", "plain")
+    assert not compiled
+    assert result(capsys, *options, "--out", "fast", "--compile")["valid"] == plain["valid"]
+    assert len(compiled) == 1
+    on_gpu = lambda *args: train_lm.parse_args(["--device", "cuda", *args]).compile
+    assert on_gpu() and not on_gpu("--no-compile")
+
+
 def test_two_processes_give_the_losses_of_one(capsys, text):
     args = ["--data", text, *TINY]
     result(capsys, *args, "--out", "one")
