@@ -3,9 +3,9 @@
     python tests/tables.py      rewrites what is between <!-- table KIND WORDS --> and <!-- end -->
 
 A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the last
-line that hedgehog.py prints. KIND is recall, scratch, distill, gap (a line for each conversion of a
-language model), speed (of short training runs) or generation; WORDS, if any, choose the tables
-whose title has all of them.
+line that hedgehog.py prints. KIND is recall, scratch, budget (Hedgehog and softmax on the CPU's
+text, by steps), distill, gap (a line for each conversion of a language model), speed (of short
+training runs) or generation; WORDS, if any, choose the tables whose title has all of them.
 """
 
 import json
@@ -154,6 +154,16 @@ def compare(r):
         rows, [r])
 
 
+def budget(lines):
+    """Softmax and Hedgehog on stdlib after ever more steps."""
+    found = {(r["attention"], r["steps"]): r["valid"]["perplexity"] for r in lines}
+    steps = sorted({n for _, n in found})
+    rows = [[name, *(f"{found[name, n]:.2f}" for n in steps)] for name in ("softmax", "hedgehog")]
+    rows.append(["above softmax, %", *(
+        f"{100 * (found['hedgehog', n] / found['softmax', n] - 1):.1f}" for n in steps)])
+    return markdown(["steps", *(f"{n:,}" for n in steps)], rows, lines)
+
+
 def gap(lines):
     """Conversions of language models, closest to softmax first: what is left after each stage."""
     rows = []
@@ -185,10 +195,12 @@ def distill(title, lines):
 
 def rewrite(text, lines):
     def table(match):
-        if match[1] == "gap":
-            made = gap([r for r in lines if r.get("figure") == "perplexity"
-                        and "--compare" not in r["command"]])
-            return f"<!-- table gap -->\n\n{made}\n\n<!-- end -->"
+        chosen = {"budget": lambda r: "attention" in r and r["data"].startswith("stdlib"),
+                  "gap": lambda r: (r.get("figure") == "perplexity"
+                                    and "--compare" not in r["command"])}
+        if match[1] in chosen:
+            made = {"gap": gap, "budget": budget}[match[1]](list(filter(chosen[match[1]], lines)))
+            return f"<!-- table {match[1]} -->\n\n{made}\n\n<!-- end -->"
         groups = {}
         for r in lines:
             kind, name = title(r)
