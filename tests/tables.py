@@ -46,13 +46,18 @@ def title(r):
                        f"{r['tokens'] // steps:,} tokens{dropout}")
 
 
+def name(r):
+    """Its attention, with the options that make a difference."""
+    options = re.split(r" (?=--)", r["command"])[1:]
+    return " ".join([r["attention"], *sorted(
+        o for o in options if re.split("[ =]", o)[0] not in ALIKE)])
+
+
 def runs(lines):
-    """Attention, with options that make a difference -> its runs, the last one of each seed."""
+    """Name -> its runs, the last one of each seed."""
     rows = {}
     for r in lines:
-        options = re.split(r" (?=--)", r["command"])[1:]
-        apart = sorted(o for o in options if re.split("[ =]", o)[0] not in ALIKE)
-        rows.setdefault(" ".join([r["attention"], *apart]), {})[r["seed"]] = r
+        rows.setdefault(name(r), {})[r["seed"]] = r
     return {name: list(by_seed.values()) for name, by_seed in rows.items()}
 
 
@@ -155,13 +160,15 @@ def compare(r):
 
 
 def budget(lines):
-    """Softmax and Hedgehog on stdlib after ever more steps."""
-    found = {(r["attention"], r["steps"]): r["valid"]["perplexity"] for r in lines}
-    steps = sorted({n for _, n in found})
-    rows = [[name, *(f"{found[name, n]:.2f}" for n in steps)] for name in ("softmax", "hedgehog")]
+    """Softmax and Hedgehog on stdlib, as they come, after ever more steps."""
+    found = {(name(r), r["steps"]): r for r in lines}
+    steps = sorted({n for _, n in found if {("softmax", n), ("hedgehog", n)} <= set(found)})
+    ppl = {key: r["valid"]["perplexity"] for key, r in found.items()}
+    rows = [[which, *(f"{ppl[which, n]:.2f}" for n in steps)] for which in ("softmax", "hedgehog")]
     rows.append(["above softmax, %", *(
-        f"{100 * (found['hedgehog', n] / found['softmax', n] - 1):.1f}" for n in steps)])
-    return markdown(["steps", *(f"{n:,}" for n in steps)], rows, lines)
+        f"{100 * (ppl['hedgehog', n] / ppl['softmax', n] - 1):.1f}" for n in steps)])
+    return markdown(["steps", *(f"{n:,}" for n in steps)], rows,
+                    [found[which, n] for n in steps for which in ("softmax", "hedgehog")])
 
 
 def gap(lines):
