@@ -542,10 +542,10 @@ def train(args, data, machine):
         out.mkdir(parents=True, exist_ok=True)
         for old in (checkpoint, log, out / "result.json"):
             old.unlink(missing_ok=True)
-    model = torch.compile(raw_model) if args.compile else raw_model
-    model = DistributedDataParallel(model) if machine.world > 1 else model
+    compiled = torch.compile(raw_model) if args.compile else raw_model
+    model = DistributedDataParallel(compiled) if machine.world > 1 else compiled
     if machine.rank == 0:
-        print_header(args, data, machine, model)
+        print_header(args, data, machine, compiled)
 
     def save():
         if machine.rank == 0:
@@ -620,7 +620,7 @@ def train(args, data, machine):
     return raw_model, result
 
 
-def print_header(args, data, machine, model):
+def print_header(args, data, machine, compiled):
     """What is about to happen, and how long a trial micro-batch says that it will take."""
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.splits.items())
     print(f"data    {data.name}, {data.tokenizer}: {sizes}")
