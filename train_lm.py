@@ -620,7 +620,7 @@ def train(args, data, machine):
     return raw_model, result
 
 
-def print_header(args, data, machine, compiled):
+def print_header(args, data, machine, model):
     """What is about to happen, and how long a trial micro-batch says that it will take."""
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.splits.items())
     print(f"data    {data.name}, {data.tokenizer}: {sizes}")
