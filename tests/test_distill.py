@@ -321,7 +321,8 @@ def test_glue_layouts(tmp_path):
 def classification(**args):
     """A task of three sequences and two classes, on a CPU."""
     examples = [(np.arange(n, dtype=np.uint8), label) for n, label in ((3, 0), (7, 1), (5, 0))]
-    args = SimpleNamespace(**{**dict(batch_size=3, micro_batch=2, seed=0, lora=2, lora_alpha=8.0),
+    args = SimpleNamespace(**{**dict(batch_size=3, micro_batch=2, seed=0, lora=2, lora_alpha=8.0,
+                                      compile=False),
                               **args})
     return distill.Classification("task", "bytes", 40, {"train": examples, "valid": examples}, args,
                                   train_lm.Machine("cpu", None))
