@@ -102,8 +102,8 @@ class FeatureMap(nn.Module):
 
 
 def first_maps(config):
-    """w_q and w_k (H, d, m), alike: each head starts with the identity (Appendix A) and, if they are
-    wider than d, random rotations beside it."""
+    """w_q and w_k (H, d, m), alike: each head starts with the identity (Appendix A) and, where m is
+    above d, random rotations beside it."""
     d, m = config.head_dim, config.feature_dim or config.head_dim
     blocks = [torch.eye(d).repeat(config.n_head, 1, 1)]
     blocks += [torch.linalg.qr(torch.randn_like(blocks[0]))[0] for _ in range((m - 1) // d)]

@@ -706,8 +706,8 @@ def parse_args(argv=None):
     p.add_argument("--exp-temperature", type=amount, default=1.0, help="t of exp (%(default)s)")
     p.add_argument("--feature-dim", type=whole, default=0, help="columns of a learned map's W; 0 "
                    "is the head dim (%(default)s)")
-    p.add_argument("--qk-init", type=amount, default=1.0, help="q and k projections start this many "
-                   "times as large as in GPT-2 (%(default)s)")
+    p.add_argument("--qk-init", type=amount, default=1.0, help="q and k projections start this "
+                   "many times as large as in GPT-2 (%(default)s)")
     p.add_argument("--position", choices=["learned", "rotary"], help="positions (preset)")
     p.add_argument("--preset", choices=[name for name in PRESETS if name != "recall"],
                    help="tiny (default without a GPU), small, or gpt2 (default with one): sets "

@@ -22,8 +22,8 @@ PAPER_RECALL = {"softmax": "100", "taylor": "100", "hedgehog": "100", "elu": "17
 PAPER_PERPLEXITY = {"softmax": 18.6, "hedgehog": 20.8, "elu": 25.6, "performer": 26.8}
 # Options that make no other row: they are in the title, or the result does not depend on them.
 ALIKE = set("""--attention --data --data-dir --tokenizer --preset --seed --steps --epochs --n-layer
-    --n-embd --dropout --batch-size --micro-batch --eval-every --out --device --compile --resume
-    --overwrite""".split())
+    --n-embd --dropout --batch-size --micro-batch --eval-every --out --device --compile
+    --no-compile --resume --overwrite""".split())
 
 
 def results(path=ROOT / "figures" / "results.jsonl"):
