@@ -427,7 +427,7 @@ def prefix_kernel(own, before, initial, N, width, BACKWARD: tl.constexpr, BN: tl
 @triton.jit
 def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
                       q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
-                      T, H, segment, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
+                      T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                       LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                       BD: tl.constexpr, BX: tl.constexpr):
     """dq and delta of one segment, and what it adds to dW_q."""
@@ -440,7 +440,7 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
     causal = i[:, None] >= i[None, :]                                       # [C, C]
     dW_q = tl.zeros((BX, BX) if LEARNED else (1, 1), tl.float32)            # [d, d]
 
-    for start in range(n * segment, min((n + 1) * segment, T), C):
+    for start in range(n * part, min((n + 1) * part, T), C):
         rows = start + i
         row = bh.to(tl.int64) * T + rows
         S_at = states + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * (D + 1) * F
@@ -480,7 +480,7 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
 @triton.jit
 def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk, dv, dw,
                        q_strides, k_strides, v_strides, dy_strides, dk_strides, dv_strides,
-                       T, H, segment, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
+                       segment, T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                        LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                        BD: tl.constexpr, BX: tl.constexpr):
     """dk and dv of one segment, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates
@@ -494,7 +494,7 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
     causal = i[:, None] <= i[None, :]                                       # [C, C]
     dW_k = tl.zeros((BX, BX) if LEARNED else (1, 1), tl.float32)            # [d, d]
 
-    for start in range(n * segment, min((n + 1) * segment, T), C):
+    for start in range(n * part, min((n + 1) * part, T), C):
         rows = start + i
         row = bh.to(tl.int64) * T + rows
         dS_at = dstates + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * (D + 1) * F
@@ -504,7 +504,7 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
         dy_c = load(dy, dy_strides[2], rows, c, T, D)                       # [C, D]
         dS, dz = load(dS_at, F, c, f, D, F), tl.load(dS_at + D * F + f, mask=f < F, other=0.0)
         if later is not None:
-            at = later + (bh * N + n).to(tl.int64) * (D + 1) * F
+            at = later + (bh * tl.cdiv(T, segment) + n * part // segment).to(tl.int64) * (D + 1) * F
             dS += load(at, F, c, f, D, F)                                   # [D, F]
             dz += tl.load(at + D * F + f, mask=f < F, other=0.0)            # [F]
         inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
@@ -530,13 +530,21 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
 
 
 # Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: the fastest of
-# C in {32, 64, 128}, 4 or 8 warps and 1 to 3 stages on an H200, tried on an earlier form of these
-# kernels (the states are per chunk, so C is one for all). Wider heads and other dtypes: the largest
-# tiles that fit into shared memory.
+# C in {32, 64, 128}, 4 or 8 warps and 1 to 3 stages on an H200 (the states are per chunk, so C is
+# one for all). Other dtypes and wider heads: the largest tiles that fit into shared memory.
 TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
          backward_kv_kernel: (64, 4, 1)}
-OTHER_TILE = (32, 8, 1)
-PROGRAMS = 768      # segments are cut so that about this many programs run, some for each SM
+WIDE_TILE, OTHER_TILE = (64, 8, 1), (32, 8, 1)
+SLOTS = 264     # programs that run at once: two on each of the 132 SMs of an H100 or H200
+
+
+def pieces(programs):
+    """How many pieces to cut each program's work into: few, but so that each round of SLOTS is
+    full, or nearly."""
+    def full(n):
+        return round(n * programs / (-(-n * programs // SLOTS) * SLOTS), 1)
+
+    return max((max(1, rounds * SLOTS // programs) for rounds in (1, 2, 3, 4)), key=full)
 
 
 def power_of_two(n):
@@ -551,16 +559,20 @@ class Problem:
         self.B, self.H, self.T, self.D = v.shape
         self.v, self.X, self.learned, self.chunk = v, q.shape[-1], w_q is not None, chunk
         self.F = 2 * self.X if self.learned else self.X
-        segments = max(1, PROGRAMS // (self.B * self.H))
         # of states that are only operands of dots
         self.operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-        self.segment = segment or max(256, -(-self.T // (segments * 128)) * 128)
+        # Segments cost a pass over k and v: none where half of the slots are filled without. The
+        # gradients of chunks are independent of each other, so that parts of a segment cost nothing
+        heads = self.B * self.H
+        N, parts = (1, pieces(heads)) if 2 * heads > SLOTS else (pieces(heads), 1)
+        self.part = segment or max(256, -(-self.T // (N * parts * 64)) * 64)
+        self.segment = segment or self.part * parts
         self.N = -(-self.T // self.segment)
         assert self.segment % self.tile(forward_kernel)[0] == 0, "a segment is whole chunks"
 
     def tile(self, kernel):
-        small = self.v.dtype == torch.bfloat16 and self.F <= 128 and self.D <= 64
-        C, warps, stages = TILES[kernel] if small else OTHER_TILE
+        C, warps, stages = OTHER_TILE if self.v.dtype != torch.bfloat16 else \
+            TILES[kernel] if self.F <= 128 and self.D <= 64 else WIDE_TILE
         return self.chunk or C, warps, stages
 
     def state(self, *between, dtype=torch.float32):
@@ -583,11 +595,12 @@ class Problem:
                 self.v.new_empty(0) if w is None else w.new_empty(2, *w.shape),
                 self.state() if given else self.v.new_empty(0, dtype=torch.float32)]
 
-    def launch(self, kernel, *args, **switches):
-        """Pointers first, then the strides of those that are (B, H, T, ..) tensors, then sizes."""
+    def launch(self, kernel, length, *args, **switches):
+        """A program for each head and each `length` tokens. Pointers come first, then the strides
+        of those that are (B, H, T, ..) tensors, then sizes."""
         C, num_warps, num_stages = self.tile(kernel)
-        kernel[(self.B * self.H, self.N)](
-            *args, self.T, self.H, self.segment, F=self.F, D=self.D, X=self.X,
+        kernel[(self.B * self.H, -(-self.T // length))](
+            *args, self.T, self.H, length, F=self.F, D=self.D, X=self.X,
             LEARNED=self.learned, C=C, num_warps=num_warps, num_stages=num_stages,
             P={torch.bfloat16: "bf16", torch.float16: "tf32"}.get(self.v.dtype, "ieee"),
             BF=power_of_two(self.F), BD=power_of_two(self.D), BX=power_of_two(self.X), **switches)
@@ -620,11 +633,11 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: 
     with torch.cuda.device_of(v):
         if problem.N > 1:
             own = problem.state(problem.N)
-            problem.launch(states_kernel, k, v, w_k, None, None, None, None, own, k.stride(),
-                           v.stride(), BACKWARD=False)
+            problem.launch(states_kernel, problem.segment, k, v, w_k, None, None, None, None, own,
+                           k.stride(), v.stride(), BACKWARD=False)
             before = state = problem.prefix(own, state, torch.float32, backward=False)
-        problem.launch(forward_kernel, q, k, v, w_q, w_k, y, inv_den, state, end, q.stride(),
-                       k.stride(), v.stride(), y.stride(), EPS=EPS)
+        problem.launch(forward_kernel, problem.segment, q, k, v, w_q, w_k, y, inv_den, state, end,
+                       q.stride(), k.stride(), v.stride(), y.stride(), EPS=EPS)
     return [y, inv_den, end, before]
 
 
@@ -637,30 +650,32 @@ def run_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before
     dq, dk, dv, dw, dstate_0 = problem.empty_backward(w_q, given)
     delta, X = torch.empty_like(inv_den), problem.X
     own = problem.state(problem.N) if given or problem.N > 1 else None
-    parts = v.new_empty(2, problem.B, problem.H, problem.N, X, X, dtype=torch.float32) \
-        if w_q is not None else (None, None)
+    dw_parts = None, None       # what each program adds to the gradients of w_q and w_k
+    if w_q is not None:
+        dw_parts = v.new_empty(2, problem.B, problem.H, -(-problem.T // problem.part), X, X,
+                               dtype=torch.float32)
     with torch.cuda.device_of(v):
         states = problem.state(-(-problem.T // problem.tile(states_kernel)[0]),
                                dtype=problem.operand)
-        problem.launch(states_kernel, k, v, w_k, None, None, before, states, None, k.stride(),
-                       v.stride(), BACKWARD=False)
-        problem.launch(backward_q_kernel, q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq,
-                       parts[0], q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(),
-                       dq.stride())
+        problem.launch(states_kernel, problem.segment, k, v, w_k, None, None, before, states, None,
+                       k.stride(), v.stride(), BACKWARD=False)
+        problem.launch(backward_q_kernel, problem.part, q, k, v, w_q, w_k, y, dy, inv_den, delta,
+                       states, dq, dw_parts[0], q.stride(), k.stride(), v.stride(), y.stride(),
+                       dy.stride(), dq.stride())
         # the same memory again, for dS inside each segment; the segments after it are added later
-        problem.launch(states_kernel, q, dy, w_q, inv_den, delta, None, states, own, q.stride(),
-                       dy.stride(), BACKWARD=True)
+        problem.launch(states_kernel, problem.segment, q, dy, w_q, inv_den, delta, None, states,
+                       own, q.stride(), dy.stride(), BACKWARD=True)
         later = problem.prefix(own, dstate, problem.operand, backward=True) if problem.N > 1 \
             else None if dstate is None else dstate.to(problem.operand)
-        problem.launch(backward_kv_kernel, q, k, v, w_q, w_k, dy, inv_den, delta, states, later,
-                       dk, dv, parts[1], q.stride(), k.stride(), v.stride(), dy.stride(),
-                       dk.stride(), dv.stride())
+        problem.launch(backward_kv_kernel, problem.part, q, k, v, w_q, w_k, dy, inv_den, delta,
+                       states, later, dk, dv, dw_parts[1], q.stride(), k.stride(), v.stride(),
+                       dy.stride(), dk.stride(), dv.stride(), problem.segment)
         if given:
             dstate_0.copy_(own[:, :, 0])
             if later is not None:
                 dstate_0 += later.view_as(own)[:, :, 0]
         if w_q is not None:     # the same sum in the same order every time: no atomics
-            dw.copy_(parts.sum((1, 3)))
+            dw.copy_(dw_parts.sum((1, 3)))
     return [dq, dk, dv, dw, dstate_0]
 
 

@@ -12,6 +12,7 @@ if sys.platform == "linux":     # where requirements.txt has it: missing is an e
 else:
     pytest.importorskip("triton")
 
+import kernel
 from kernel import (EPS, chunked_linear_attention, hedgehog_attention, hedgehog_features,
                     kernels_take, linear_attention, naive_linear_attention)
 
@@ -117,6 +118,28 @@ def test_segments_heads_and_odd_dims(segment, poison):
     ours = output_and_gradients(
         lambda *xs: hedgehog_attention(*xs, chunk=16, segment=segment), inputs, dy)
     assert_close(ours, output_and_gradients(hedgehog_naive, inputs, dy, torch.float64), 1e-5)
+
+
+@interpreted
+def test_one_segment_in_parts(monkeypatch, poison):
+    """Enough heads for one segment each, and too few for the gradients: 3 parts of it, whose dk
+    hear of the last state's gradient."""
+    monkeypatch.setattr(kernel, "SLOTS", 3)
+    *inputs, dy = random_inputs(1, 2, 520, 16)
+    assert kernel.Problem(inputs[0], inputs[2], inputs[3], 32, 0).N == 1
+
+    def both(q, k, v, w_q, w_k):
+        y, (S, z) = hedgehog_attention(q, k, v, w_q, w_k, chunk=32)
+        return torch.cat([y, S], dim=2)
+
+    def exact(q, k, v, w_q, w_k):
+        y, (S, z) = chunked_linear_attention(hedgehog_features(q, w_q), hedgehog_features(k, w_k),
+                                             v)
+        return torch.cat([y, S], dim=2)
+
+    dy = torch.cat([dy, dy[:, :, :32]], dim=2)
+    assert_close(output_and_gradients(both, inputs, dy),
+                 output_and_gradients(exact, inputs, dy, torch.float64), 1e-5)
 
 
 @interpreted
