@@ -350,7 +350,8 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 #   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
 #     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
 #   - at most 168 registers a thread, so that three programs run on an SM and not two: most spill;
-#     states_kernel does not, and is no faster, as it moves 3 TB/s of the 4.28 that a copy does
+#     states_kernel, with two stages instead of three, does not. It took 136 us and not 168 where
+#     that spared a second round (T = 2,048), but 160 and not 125 at T = 65,536
 #   - tensor descriptors (TMA) for loads
 #   - the next chunk prefetched in backward_kv_kernel too (489 us, not 478), or in backward_q_kernel
 #     at the start of a round, where the stores to shared memory then wait for it (439, not 390)
@@ -535,7 +536,12 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
 TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
          backward_kv_kernel: (64, 4, 1)}
 WIDE_TILE, OTHER_TILE = (64, 8, 1), (32, 8, 1)
-SLOTS = 264     # programs that run at once: two on each of the 132 SMs of an H100 or H200
+
+# Programs that run at once: two on each of the 132 SMs of an H100 or H200. Measured on an H200, in
+# ms, forward and both: at T = 4,096, which is 192 heads, 0.30 and 1.49 with one segment each, 0.38
+# and 1.58 with four; at T = 65,536, 12 heads, 0.36 and 1.50 with 22 segments, one full round, 0.44
+# and 1.69 with 33, which need one and a half.
+SLOTS = 264
 
 
 def pieces(programs):
@@ -562,7 +568,7 @@ class Problem:
         # of states that are only operands of dots
         self.operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
         # Segments cost a pass over k and v: none where half of the slots are filled without. The
-        # gradients of chunks are independent of each other, so that parts of a segment cost nothing
+        # gradients of chunks are independent of each other, so cutting those into parts is free
         heads = self.B * self.H
         N, parts = (1, pieces(heads)) if 2 * heads > SLOTS else (pieces(heads), 1)
         self.part = segment or max(256, -(-self.T // (N * parts * 64)) * 64)

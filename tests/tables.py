@@ -33,7 +33,7 @@ def results(path=ROOT / "figures" / "results.jsonl"):
 def title(r):
     """The kind of table that a result belongs to, and which one."""
     if "generation" in r:
-        return "generation", "generation"
+        return "generation", r["device"]
     if "rows" in r:
         return "distill", f"{r['data']}, {r['command']}."
     if r.get("data") == "recall":
