@@ -140,9 +140,10 @@ def exp_features(q, k):
 
     Each query is divided by its largest feature, which cancels. A key's exponent stops at 60: below
     that its features are exact, and a sum over 2^20 tokens of them still fits into fp32 (e^88).
+    Features below e^-60 are 0 and get no gradient, which grows like 1 / feature and can overflow.
     """
     q = q - q.amax(-1, keepdim=True).detach()
-    return q.exp(), k.clamp(max=60).exp()
+    return tuple(torch.where(x < -60, 0.0, x.exp()) for x in (q, k.clamp(max=60)))
 
 
 class HedgehogExp(FeatureMap):

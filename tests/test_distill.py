@@ -161,6 +161,14 @@ def test_loss_is_the_kl_whatever_the_block(causal, mask):
         assert torch.allclose(mimicry_loss(m, q, k, None, causal, mask, block), expected)
 
 
+def test_gradients_of_exponentials_stay_finite():
+    """The feature e^-100 of the query meets e^55 of the key: its gradient exceeds fp32."""
+    m = FEATURE_MAPS["hedgehog_exp"](GPTConfig(n_embd=2, n_head=1))
+    q, k = (torch.tensor([[[[x, 0.0]]]]) for x in (50, -55))
+    for g in torch.autograd.grad(distill.mimicry_loss(m, q, k, None), list(m.parameters())):
+        assert g.isfinite().all() and g.any()
+
+
 def test_a_model_with_maps_standing_by_is_the_teacher():
     model = teacher()
     other = student(model)
