@@ -158,6 +158,25 @@ class HedgehogExp(FeatureMap):
         return exp_features(torch.cat([q, -q], dim=-1), torch.cat([k, -k], dim=-1))
 
 
+class HedgehogGate(Hedgehog):
+    """phi(q) as Hedgehog's, phi(k) = exp(u.k) times Hedgehog's, u (H, d) 0 at first: not the paper's.
+
+    With softmax a key can have more weight for all queries. Here it can not, as the features of each
+    key sum to 2; the factor lets it, with d parameters a head: an exponential input gate, as in
+    xLSTM (Beck et al., arXiv 2405.04517). As fast as the maps that run outside the kernel.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.u = nn.Parameter(torch.zeros(config.n_head, config.head_dim))
+
+    def forward(self, q, k, positions):
+        phi_q, phi_k = super().forward(q, k, positions)
+        return phi_q, phi_k * (k @ self.u.unsqueeze(-1)).clamp(max=60).exp()    # (B, H, T, 1)
+
+    attend = FeatureMap.attend
+
+
 class T2R(FeatureMap):
     """phi(x) = relu(x W + b): Transformer-to-RNN (Kasai et al., arXiv 2103.13076)."""
 
@@ -251,9 +270,9 @@ class Taylor(FeatureMap):
         return torch.cat([torch.ones_like(x[..., :1]), x, x2], dim=-1)
 
 
-FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "t2r": T2R, "elu": ELU,
-                "relu": ReLU, "exp": Exp, "performer": Performer, "cosformer": CosFormer,
-                "taylor": Taylor}
+FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "hedgehog_gate": HedgehogGate,
+                "t2r": T2R, "elu": ELU, "relu": ReLU, "exp": Exp, "performer": Performer,
+                "cosformer": CosFormer, "taylor": Taylor}
 
 
 # --- softmax attention, the definition and the fast path ------------------------------------------

@@ -2,7 +2,7 @@
 
     y_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j),    j <= i if causal, all j if not
 
-where phi maps a query or a key to F non-negative features (Hedgehog paper, arXiv 2402.04347,
+where phi maps a query or a key to F features, phi(q).phi(k) >= 0 (Hedgehog paper, arXiv 2402.04347,
 section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention:
 
     phi_q, phi_k  (B, H, T, F)   features: batch, heads, time, feature dim
@@ -13,7 +13,7 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
 
 `naive_linear_attention` is the definition, T x T, and what every other function is tested against.
 `chunked_linear_attention` costs O(T) in time and memory: a state carries what earlier chunks said.
-`recurrent_linear_attention` goes one token at a time: chunks of length 1, for generation.
+`recurrent_linear_attention` goes one token at a time, by `recurrent_step`, which generation uses.
 `hedgehog_attention` has Hedgehog's map inside and is what the GPT calls, `linear_attention` takes
 features: on a Hopper GPU both are fused Triton kernels, elsewhere the chunked form.
 `python kernel.py` checks and times them.
@@ -68,7 +68,7 @@ def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):
 
 
 def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None, chunk=64):
-    """The same in O(T): T x T only inside chunks, everything earlier comes through the state.
+    """The same in O(T): all pairs only inside chunks, what came before through the state.
 
     `state` is the (S, z) that an earlier segment returned, or None. Sums are kept in fp32 (fp64 for
     fp64 inputs), under autocast too. Differentiable in all inputs.
@@ -137,9 +137,9 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 # Tensors come in as a pointer to their first element and strides: tl.load reads the tile of
 # elements at a tile of addresses, `mask` says which of them to touch, and what is tl.constexpr is
 # known when the kernel is compiled. tl.dot multiplies two tiles on the matrix units. A program runs
-# on num_warps * 32 threads, and its loads run num_stages loop rounds ahead.
+# on num_warps * 32 threads, and its loads run num_stages - 1 rounds of its loop ahead.
 #
-# One program handles one head and one segment of its tokens, chunk after chunk. Where the features
+# One program handles one head and a stretch of its tokens, chunk after chunk. Where the features
 # come from is a switch: LEARNED means Hedgehog's, computed inside from q, k and their matrices W,
 #
 #     h = x W,   phi(x) = [softmax(h), softmax(-h)]
@@ -148,10 +148,12 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 #
 #     T, C         tokens of the sequence, and of a chunk; i, j, rows: positions in them
 #     N, segment   segments of a sequence and their length; n: which one
+#     part         length of what one program of the gradients handles: a segment or less; n, N too
 #     X            width of q and k: d, or F where the features are given
 #     BF, BD, BX   F, D and X rounded up to a power of two, which all tiles have to be
 #     P            what dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16,
-#                  in which sums and 1 / den would overflow. All sums are fp32
+#                  in which S and phi / den would overflow. Sums are fp32; states that are only
+#                  operands are kept as bf16 for bf16 inputs
 #     state        (B, H, D + 1, F): S^T, and z as one more row, S^T's for a value that is always 1
 #     S            in a kernel always S^T, [D, F]: so S += v^T phi(k) needs no transposed phi
 #
@@ -205,8 +207,8 @@ def head(x, strides, bh, H):
 @triton.jit
 def prefetch(x, stride, rows, height):
     """Asks for the first 128 bytes of each row, all of it for bf16 and a head dim of 64: when they
-    are loaded later they come from the L2 cache. It is one instruction, which Triton has no name
-    for; it writes 0 to a register that nobody reads."""
+    are loaded later they come from the L2 cache. Triton has no name for this instruction and wants
+    a result, hence the 0 that the second one writes and nobody reads."""
     where = x + tl.minimum(rows, height - 1).to(tl.int64) * stride
     if not INTERPRETED:
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
@@ -219,7 +221,7 @@ def load_map(w, bh, H, LEARNED: tl.constexpr, BX: tl.constexpr):
         f = tl.arange(0, BX)
         W = load(w + (bh % H) * BX * BX, BX, f, f, BX, BX)                  # [d, d]
     else:
-        W = tl.zeros((1, 1), tl.float32)    # not used, but Triton wants a value on both branches
+        W = tl.zeros((1, 1), tl.float32)    # not used, but has to be something
     return W
 
 
@@ -247,7 +249,7 @@ def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
 def map_gradient(x, W, phi, dphi, LEARNED: tl.constexpr, P: tl.constexpr):
     """From the gradient of a chunk's phi(x) to that of x, and what it adds to dW."""
     if LEARNED:
-        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = W dh,    dW = sum_x x dh^T
+        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_x x^T dh
         phi = tl.reshape(phi.to(tl.float32), (x.shape[0], 2, x.shape[1]))   # [C, 2, d]
         dphi = tl.reshape(dphi, (x.shape[0], 2, x.shape[1]))                # [C, 2, d]
         dh = phi * (dphi - tl.sum(phi * dphi, 2)[:, :, None])               # [C, 2, d]
@@ -303,7 +305,7 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
         q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
         v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
 
-        # Triton issues the next round's loads at the end of this one and waits for them at once
+        # with two stages Triton issues the next round's loads only at the end of this one
         prefetch(k, k_strides[2], rows + C, T)
         prefetch(q, q_strides[2], rows + C, T)
         prefetch(v, v_strides[2], rows + C, T)
@@ -340,18 +342,19 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 # are a state that runs backwards in time, from a_i, dy_i and -delta_i instead of phi(k_j), v_j, 1.
 # Through the map, with p = softmax(h) and m = softmax(-h) where h = x W:
 #
-#     dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = W dh,    dW = sum_x x dh^T
+#     dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_x x^T dh
 #
 # Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
 # sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
-# of each other. Tried on an H200 (bf16, 65,536 tokens, 12 heads of 64) and slower:
+# of each other. Tried on an H200 (bf16, 65,536 tokens, 12 heads of 64) and slower, each against the
+# form of its day:
 #   - one kernel for all gradients, which computes phi once: its tiles exceed the registers, it took
 #     1.25 ms where the two below took 0.92; and 1.52 with chunks of 128 on 8 warps
 #   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
 #     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
 #   - at most 168 registers a thread, so that three programs run on an SM and not two: most spill;
-#     states_kernel, with two stages instead of three, does not. It took 136 us and not 168 where
-#     that spared a second round (T = 2,048), but 160 and not 125 at T = 65,536
+#     states_kernel, with two stages instead of three, does not. It took 136 us and not 168 at
+#     T = 2,048, where all its programs then run at once, but 160 and not 125 at T = 65,536
 #   - tensor descriptors (TMA) for loads
 #   - the next chunk prefetched in backward_kv_kernel too (489 us, not 478), or in backward_q_kernel
 #     at the start of a round, where the stores to shared memory then wait for it (439, not 390)
@@ -361,10 +364,11 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 #   - chunks of 32 (too small for the fast matrix instructions) and, where they fit, of 128 (more
 #     work above the diagonal, one program at a time on an SM)
 #   - z and dz as a tl.sum over rows instead of a dot: forward 0.40 ms instead of 0.32
-# What bounds it, by the hardware's counters: the registers of two programs, 8 warps, fill an SM;
-# in 61 to 72 % of the cycles no warp is ready to issue; memory is 37 to 59 % busy.
-# A trap: a 16-column right operand made inside the loop, [C, 16], gave wrong numbers (Triton 3.6);
-# that is why the weights that add up z are 16 rows and on the left.
+# What bounds it, by the hardware's counters (before segments were cut as they are now): the
+# registers of two programs, 8 warps, fill an SM; in 61 to 72 % of the cycles no warp is ready to
+# issue; memory is 37 to 59 % busy.
+# A trap: the weights that add up z, as a right operand [C, 16] made inside the loop, gave wrong
+# numbers (Triton 3.6); that is why they are 16 rows and on the left.
 
 
 @triton.jit
@@ -431,7 +435,7 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
                       T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                       LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                       BD: tl.constexpr, BX: tl.constexpr):
-    """dq and delta of one segment, and what it adds to dW_q."""
+    """dq and delta of one part, and what it adds to dW_q."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, y = head(v, v_strides, bh, H), head(y, y_strides, bh, H)
@@ -465,7 +469,7 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
         phi_q = features(q_c, W_q, real, LEARNED, P)                        # [C, F]
         dphi = dot(B, phi_k, P) + dot(dy_c, S, P)                           # [C, F]
         dphi = (dphi - delta_c[:, None] * z.to(tl.float32)[None, :]) * inv[:, None]
-        # what follows is long and touches no memory: time to fetch the next chunk
+        # what follows is long and loads nothing: time to fetch the next chunk
         prefetch(k, k_strides[2], rows + C, T)
         prefetch(q, q_strides[2], rows + C, T)
         prefetch(v, v_strides[2], rows + C, T)
@@ -484,8 +488,8 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
                        segment, T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                        LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
                        BD: tl.constexpr, BX: tl.constexpr):
-    """dk and dv of one segment, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates
-    are sums inside the segment; `later`, if not None, is what comes to it from those after it."""
+    """dk and dv of one part, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates are
+    sums inside the segment; `later`, if not None, is what comes to it from those after it."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, dy = head(v, v_strides, bh, H), head(dy, dy_strides, bh, H)
@@ -530,9 +534,10 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
         store(dw + (bh * N + n).to(tl.int64) * X * X, X, b, b, X, X, dW_k)
 
 
-# Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: the fastest of
-# C in {32, 64, 128}, 4 or 8 warps and 1 to 3 stages on an H200 (the states are per chunk, so C is
-# one for all). Other dtypes and wider heads: the largest tiles that fit into shared memory.
+# Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: on an H200 the
+# fastest of 4 or 8 warps and 1 to 3 stages, and on an earlier form of C in {32, 64, 128}, which is
+# one for all, as states are per chunk. Wider heads and other dtypes: the largest tiles that fit into
+# shared memory.
 TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
          backward_kv_kernel: (64, 4, 1)}
 WIDE_TILE, OTHER_TILE = (64, 8, 1), (32, 8, 1)
@@ -545,8 +550,8 @@ SLOTS = 264
 
 
 def pieces(programs):
-    """How many pieces to cut each program's work into: few, but so that each round of SLOTS is
-    full, or nearly."""
+    """How many pieces to cut each program's work into: what fills the rounds of SLOTS best, up to
+    four of them, and the fewest of those that do so to 95 %."""
     def full(n):
         return round(n * programs / (-(-n * programs // SLOTS) * SLOTS), 1)
 
@@ -568,7 +573,7 @@ class Problem:
         # of states that are only operands of dots
         self.operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
         # Segments cost a pass over k and v: none where half of the slots are filled without. The
-        # gradients of chunks are independent of each other, so cutting those into parts is free
+        # gradients of chunks are independent: parts cost no more than one sum for dW each
         heads = self.B * self.H
         N, parts = (1, pieces(heads)) if 2 * heads > SLOTS else (pieces(heads), 1)
         self.part = segment or max(256, -(-self.T // (N * parts * 64)) * 64)
@@ -671,8 +676,9 @@ def run_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before
         # the same memory again, for dS inside each segment; the segments after it are added later
         problem.launch(states_kernel, problem.segment, q, dy, w_q, inv_den, delta, None, states,
                        own, q.stride(), dy.stride(), BACKWARD=True)
-        later = problem.prefix(own, dstate, problem.operand, backward=True) if problem.N > 1 \
-            else None if dstate is None else dstate.to(problem.operand)
+        later = None if dstate is None else dstate.to(problem.operand)
+        if problem.N > 1:
+            later = problem.prefix(own, dstate, problem.operand, backward=True)
         problem.launch(backward_kv_kernel, problem.part, q, k, v, w_q, w_k, dy, inv_den, delta,
                        states, later, dk, dv, dw_parts[1], q.stride(), k.stride(), v.stride(),
                        dy.stride(), dk.stride(), dv.stride(), problem.segment)
@@ -705,7 +711,7 @@ def save_for_backward(ctx, inputs, output):
     y, inv_den, _, before = output
     ctx.given = state is not None
     ctx.save_for_backward(q, k, v, w_q, w_k, before if before.numel() else state, y, inv_den)
-    ctx.set_materialize_grads(False)        # nobody used the last state: no zeros to read, None
+    ctx.set_materialize_grads(False)        # if nobody used the last state, None and not zeros
 
 
 def backward(ctx, grads, run=fused_backward):
@@ -744,8 +750,8 @@ def large_tiles_fit():
 
 
 def kernels_take(q, v, w_q, chunk):
-    """The one place where the kernels or PyTorch are chosen. On a CPU only tests ask for kernels,
-    by giving a chunk length, and Triton's interpreter runs them."""
+    """The one place where the kernels or PyTorch are chosen. On a CPU only tests and the tutorial
+    ask for kernels, by giving a chunk length, and Triton's interpreter runs them."""
     runs = large_tiles_fit() if v.is_cuda else (
         chunk is not None and os.environ.get("TRITON_INTERPRET") == "1")
     d, D = q.shape[-1], v.shape[-1]

@@ -160,15 +160,19 @@ def compare(r):
 
 
 def budget(lines):
-    """Softmax and Hedgehog on stdlib, as they come, after ever more steps."""
-    found = {(name(r), r["steps"]): r for r in lines}
+    """Softmax, Hedgehog and its gate on stdlib, as they come, after ever more steps."""
+    names = "softmax", "hedgehog", "hedgehog_gate"
+    found = {(name(r), r["steps"]): r for r in lines if r["seed"] == 0 and name(r) in names}
     steps = sorted({n for _, n in found if {("softmax", n), ("hedgehog", n)} <= set(found)})
     ppl = {key: r["valid"]["perplexity"] for key, r in found.items()}
-    rows = [[which, *(f"{ppl[which, n]:.2f}" for n in steps)] for which in ("softmax", "hedgehog")]
-    rows.append(["above softmax, %", *(
-        f"{100 * (ppl['hedgehog', n] / ppl['softmax', n] - 1):.1f}" for n in steps)])
+    rows = [["softmax", *(f"{ppl['softmax', n]:.2f}" for n in steps)]]
+    for which in names[1:]:
+        there = [n if (which, n) in ppl else None for n in steps]
+        rows.append([which, *(f"{ppl[which, n]:.2f}" if n else "-" for n in there)])
+        rows.append(["above softmax, %", *(
+            f"{100 * (ppl[which, n] / ppl['softmax', n] - 1):.1f}" if n else "-" for n in there)])
     return markdown(["steps", *(f"{n:,}" for n in steps)], rows,
-                    [found[which, n] for n in steps for which in ("softmax", "hedgehog")])
+                    [r for (_, n), r in found.items() if n in steps])
 
 
 def gap(lines):

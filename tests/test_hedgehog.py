@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, Performer, rotate, softmax_attention,
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, Hedgehog, Performer, rotate, softmax_attention,
                       softmax_attention_weights)
 from kernel import linear_attention_weights
 
@@ -76,6 +76,17 @@ def test_hedgehog_exp_is_exact_and_does_not_overflow():
     q, k = qk(1e3)
     _, phi_q, phi_k = features("hedgehog_exp", q, k)
     assert linear_attention_weights(phi_q.float(), phi_k.float()).isfinite().all()
+
+
+def test_the_gate_is_a_weight_of_each_key():
+    q, k = qk()
+    m, phi_q, phi_k = features("hedgehog_gate", q, k)
+    weight = torch.einsum("bhtd,hd->bht", k, m.u).exp()
+    plain = linear_attention_weights(*Hedgehog.forward(m, q, k, None))
+    expected = plain * weight.unsqueeze(2)
+    assert torch.allclose(linear_attention_weights(phi_q, phi_k),
+                          expected / expected.sum(-1, keepdim=True))
+    assert not FEATURE_MAPS["hedgehog_gate"](config()).u.any()
 
 
 @pytest.mark.parametrize("name, f", [
@@ -253,7 +264,7 @@ def test_larger_queries_and_keys_at_the_start():
         assert torch.equal(p, expected), name
 
 
-@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_exp", "t2r"])
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_exp", "hedgehog_gate", "t2r"])
 def test_wide_maps(name):
     fresh = FEATURE_MAPS[name](config(name, feature_dim=12))
     assert torch.equal(fresh.w_q, fresh.w_k) and fresh.w_q is not fresh.w_k
