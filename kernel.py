@@ -148,7 +148,8 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 #
 #     T, C         tokens of the sequence, and of a chunk; i, j, rows: positions in them
 #     N, segment   segments of a sequence and their length; n: which one
-#     part         length of what one program of the gradients handles: a segment or less; n, N too
+#     part         length of what one program of the gradients handles, a segment or less; there n
+#                  and N count parts
 #     X            width of q and k: d, or F where the features are given
 #     BF, BD, BX   F, D and X rounded up to a power of two, which all tiles have to be
 #     P            what dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16,
@@ -249,7 +250,7 @@ def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
 def map_gradient(x, W, phi, dphi, LEARNED: tl.constexpr, P: tl.constexpr):
     """From the gradient of a chunk's phi(x) to that of x, and what it adds to dW."""
     if LEARNED:
-        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_x x^T dh
+        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_i x_i^T dh_i
         phi = tl.reshape(phi.to(tl.float32), (x.shape[0], 2, x.shape[1]))   # [C, 2, d]
         dphi = tl.reshape(dphi, (x.shape[0], 2, x.shape[1]))                # [C, 2, d]
         dh = phi * (dphi - tl.sum(phi * dphi, 2)[:, :, None])               # [C, 2, d]
@@ -342,7 +343,7 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 # are a state that runs backwards in time, from a_i, dy_i and -delta_i instead of phi(k_j), v_j, 1.
 # Through the map, with p = softmax(h) and m = softmax(-h) where h = x W:
 #
-#     dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_x x^T dh
+#     dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_i x_i^T dh_i
 #
 # Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
 # sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
