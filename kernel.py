@@ -537,7 +537,7 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
 
 # Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: on an H200 the
 # fastest of 4 or 8 warps and 1 to 3 stages, and on an earlier form of C in {32, 64, 128}, which is
-# one for all, as states are per chunk. Wider heads and other dtypes: the largest tiles that fit into
+# one for all, as states are per chunk. Wider heads and other dtypes: the largest that fit into the
 # shared memory.
 TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
          backward_kv_kernel: (64, 4, 1)}
