@@ -159,11 +159,11 @@ class HedgehogExp(FeatureMap):
 
 
 class HedgehogGate(Hedgehog):
-    """phi(q) as Hedgehog's, phi(k) = exp(u.k) times Hedgehog's, u (H, d) 0 at first: not the paper's.
+    """Hedgehog, but with exp(u.k) phi(k) for keys, u (H, d) 0 at first: not the paper's.
 
-    With softmax a key can have more weight for all queries. Here it can not, as the features of each
-    key sum to 2; the factor lets it, with d parameters a head: an exponential input gate, as in
-    xLSTM (Beck et al., arXiv 2405.04517). As fast as the maps that run outside the kernel.
+    With softmax a key can have more weight for all queries. Hedgehog's can not, as each key's
+    features sum to 2; the factor lets it: an exponential input gate, as in xLSTM (Beck et al.,
+    arXiv 2405.04517). The map runs outside the kernel.
     """
 
     def __init__(self, config):

@@ -552,7 +552,7 @@ SLOTS = 264
 
 def pieces(programs):
     """How many pieces to cut each program's work into: what fills the rounds of SLOTS best, up to
-    four of them, and the fewest of those that do so to 95 %."""
+    four of them, and of choices that are alike to a tenth the fewest pieces."""
     def full(n):
         return round(n * programs / (-(-n * programs // SLOTS) * SLOTS), 1)
 
@@ -677,9 +677,11 @@ def run_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before
         # the same memory again, for dS inside each segment; the segments after it are added later
         problem.launch(states_kernel, problem.segment, q, dy, w_q, inv_den, delta, None, states,
                        own, q.stride(), dy.stride(), BACKWARD=True)
-        later = None if dstate is None else dstate.to(problem.operand)
+        later = dstate
         if problem.N > 1:
             later = problem.prefix(own, dstate, problem.operand, backward=True)
+        elif dstate is not None:
+            later = dstate.to(problem.operand)
         problem.launch(backward_kv_kernel, problem.part, q, k, v, w_q, w_k, dy, inv_den, delta,
                        states, later, dk, dv, dw_parts[1], q.stride(), k.stride(), v.stride(),
                        dy.stride(), dk.stride(), dv.stride(), problem.segment)

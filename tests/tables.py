@@ -3,9 +3,9 @@
     python tests/tables.py      rewrites what is between <!-- table KIND WORDS --> and <!-- end -->
 
 A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the last
-line that hedgehog.py prints. KIND is recall, scratch, budget (Hedgehog and softmax on the CPU's
-text, by steps), distill, gap (a line for each conversion of a language model), speed (of short
-training runs) or generation; WORDS, if any, choose the tables whose title has all of them.
+line that hedgehog.py prints. KIND is recall, scratch, budget (softmax, Hedgehog and its gate on the
+CPU's text, by steps), distill, gap (a line for each conversion of a language model), speed (of
+short training runs) or generation; WORDS, if any, choose the tables whose title has all of them.
 """
 
 import json
@@ -163,14 +163,14 @@ def budget(lines):
     """Softmax, Hedgehog and its gate on stdlib, as they come, after ever more steps."""
     names = "softmax", "hedgehog", "hedgehog_gate"
     found = {(name(r), r["steps"]): r for r in lines if r["seed"] == 0 and name(r) in names}
-    steps = sorted({n for _, n in found if {("softmax", n), ("hedgehog", n)} <= set(found)})
+    steps = sorted({n for _, n in found if {(which, n) for which in names} <= set(found)})
     ppl = {key: r["valid"]["perplexity"] for key, r in found.items()}
-    rows = [["softmax", *(f"{ppl['softmax', n]:.2f}" for n in steps)]]
-    for which in names[1:]:
-        there = [n if (which, n) in ppl else None for n in steps]
-        rows.append([which, *(f"{ppl[which, n]:.2f}" if n else "-" for n in there)])
-        rows.append(["above softmax, %", *(
-            f"{100 * (ppl[which, n] / ppl['softmax', n] - 1):.1f}" if n else "-" for n in there)])
+    rows = []
+    for which in names:
+        rows.append([which, *(f"{ppl[which, n]:.2f}" for n in steps)])
+        if which != "softmax":
+            rows.append(["above softmax, %", *(
+                f"{100 * (ppl[which, n] / ppl['softmax', n] - 1):.1f}" for n in steps)])
     return markdown(["steps", *(f"{n:,}" for n in steps)], rows,
                     [r for (_, n), r in found.items() if n in steps])
 

@@ -490,8 +490,8 @@ def test_compare(capsys, here):
     names = [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]]
     for name in FEATURE_MAPS:
         assert {f"{name}, swapped", f"{name}, stage 2"} <= set(names)
-        assert (f"{name}, stage 1" in names) == (name in ("hedgehog", "hedgehog_exp", "hedgehog_gate",
-                                                              "t2r"))
+        learned = name in ("hedgehog", "hedgehog_exp", "hedgehog_gate", "t2r")
+        assert (f"{name}, stage 1" in names) == learned
     for name in ("t2r", "hedgehog"):
         assert f"{name}-no-distill, stage 2" in names
         assert f"{name}-no-distill, stage 1" not in names
