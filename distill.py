@@ -523,8 +523,11 @@ def conversion(task, teacher):
             rows += convert(task, teacher, name, False, f"{name}-no-distill")
     else:
         rows += convert(task, teacher, args.feature_map, not args.no_distill)
-    models = [("softmax", "softmax, finetuned", model_with(teacher.config, teacher, args.seed),
-               args.steps, args.lr, args.lora)]
+    models = []
+    if not args.no_baseline:
+        models.append(("softmax", "softmax, finetuned",
+                       model_with(teacher.config, teacher, args.seed), args.steps, args.lr,
+                       args.lora))
     if task.name == "listops":          # as many steps as the teacher and stage 2 together
         torch.manual_seed(args.seed)
         model = GPT(replace(teacher.config, attention=args.feature_map,
@@ -802,6 +805,8 @@ def parse_args(argv=None):
     p.add_argument("--feature-dim", type=whole, default=0, help="columns of a learned map's W; 0 "
                    "is the head dim (%(default)s)")
     p.add_argument("--no-distill", action="store_true", help="leave stage 1 out")
+    p.add_argument("--no-baseline", action="store_true", help="leave softmax's own finetuning out, "
+                   "where another run has it")
     p.add_argument("--compare", action="store_true", help="every map with the same steps, and "
                    "those of T2R and Hedgehog without stage 1")
     p.add_argument("--lora", type=whole, default=0, metavar="RANK", help="stage 2 trains the maps "

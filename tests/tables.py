@@ -4,8 +4,9 @@
 
 A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the last
 line that hedgehog.py prints. KIND is recall, scratch, budget (softmax, Hedgehog and its gate on the
-CPU's text, by steps), distill, gap (a line for each conversion of a language model), speed (of
-short training runs) or generation; WORDS, if any, choose the tables whose title has all of them.
+CPU's text, by steps), distill, gap (a line for each conversion on enwiki), teachers (what is left
+after those on the CPU's text, by teacher), speed (of short training runs) or generation; WORDS, if
+any, choose the tables whose title has all of them.
 """
 
 import json
@@ -175,22 +176,62 @@ def budget(lines):
                     [r for (_, n), r in found.items() if n in steps])
 
 
+def stages(r):
+    """Stage -> its row, of a run of distill.py without --compare."""
+    return {row["name"].rpartition(", ")[2]: row for row in r["rows"]}
+
+
+def softmax_alike(r, lines):
+    """Perplexity of softmax finetuned alike: a run with --no-baseline has another run's."""
+    for other in (r, *lines):
+        same = all(other["options"].get(key) == r["options"].get(key)
+                   for key in ("teacher", "data", "steps", "lr", "batch_size"))
+        if same and "finetuned" in stages(other):
+            return stages(other)["finetuned"]["perplexity"]
+
+
+def above_softmax(r, lines):
+    """Perplexity after stage 2, in per cent above that of softmax finetuned alike."""
+    return 100 * (stages(r)["stage 2"]["perplexity"] / softmax_alike(r, lines) - 1)
+
+
+def conversion(r):
+    """The map of a run, with the options that make a difference."""
+    o = r["options"]
+    words = [o["feature_map"], *(["--no-distill"] if o["no_distill"] else []),
+             *([f"--feature-dim {o['feature_dim']}"] if o.get("feature_dim") else [])]
+    return " ".join(words)
+
+
 def gap(lines):
-    """Conversions of language models, closest to softmax first: what is left after each stage."""
+    """Conversions, closest to softmax first: what is left after each stage."""
     rows = []
-    for r in lines:
-        by_stage = {row["name"].rpartition(", ")[2]: row for row in r["rows"]}
-        cells = [f"{by_stage[stage][key]:.{digits}f}" if stage in by_stage else "-"
+    for r in sorted(lines, key=lambda r: above_softmax(r, lines)):
+        found = stages(r)
+        cells = [f"{found[stage][key]:.{digits}f}" if stage in found else "-"
                  for stage, key, digits in (
-                     ("the teacher", "perplexity", 2), ("swapped", "perplexity", 2),
-                     ("stage 1", "perplexity", 2), ("stage 1", "kl", 3),
-                     ("stage 2", "perplexity", 2), ("finetuned", "perplexity", 2))]
-        above = 100 * (by_stage["stage 2"]["perplexity"] / by_stage["finetuned"]["perplexity"] - 1)
-        options = re.sub(r"^python | --(out \S+|overwrite)", "", r["command"])
-        rows.append([f"`{options}`", *cells, f"{above:.1f}"])
-    rows.sort(key=lambda row: float(row[-1]))
-    return markdown(["run", "teacher", "swapped", "stage 1", "its KL", "stage 2",
+                     ("the teacher", "perplexity", 1), ("swapped", "perplexity", 0),
+                     ("stage 1", "perplexity", 1), ("stage 1", "kl", 2),
+                     ("stage 2", "perplexity", 1))]
+        rows.append([conversion(r), f"{r['options']['steps']:,}", *cells,
+                     f"{softmax_alike(r, lines):.1f}", f"{above_softmax(r, lines):.1f}"])
+    return markdown(["map", "steps", "teacher", "swapped", "stage 1", "its KL", "stage 2",
                      "softmax finetuned", "above it, %"], rows, lines)
+
+
+def teachers(lines):
+    """KL after stage 1, and per cent above softmax after stage 2: a column for each teacher."""
+    columns = {"teacher": "default", "context-512": "context 512", "softmax-8400": "8,400 steps"}
+    table = {}
+    for r in lines:
+        found, o = stages(r), r["options"]
+        steps = f" --steps {o['steps']}" if o["steps"] != 400 else ""
+        teacher = Path(o.get("teacher", "teacher")).name
+        table.setdefault(conversion(r) + steps, {})[teacher] = (
+            f"{found['stage 1']['kl']:.3f}, {above_softmax(r, lines):.1f}")
+    rows = [[name, *(cells.get(teacher, "-") for teacher in columns)]
+            for name, cells in sorted(table.items())]
+    return markdown(["map", *columns.values()], rows, lines)
 
 
 def distill(title, lines):
@@ -206,11 +247,15 @@ def distill(title, lines):
 
 def rewrite(text, lines):
     def table(match):
-        chosen = {"budget": lambda r: "attention" in r and r["data"].startswith("stdlib"),
-                  "gap": lambda r: (r.get("figure") == "perplexity"
-                                    and "--compare" not in r["command"])}
-        if match[1] in chosen:
-            made = {"gap": gap, "budget": budget}[match[1]](list(filter(chosen[match[1]], lines)))
+        def conversions(data):
+            return [r for r in lines if r.get("figure") == "perplexity"
+                    and r["data"].startswith(data) and "--compare" not in r["command"]]
+
+        if match[1] in ("budget", "gap", "teachers"):
+            made = {"gap": lambda: gap(conversions("enwiki")),
+                    "teachers": lambda: teachers(conversions("stdlib")),
+                    "budget": lambda: budget([r for r in lines if "attention" in r
+                                              and r["data"].startswith("stdlib")])}[match[1]]()
             return f"<!-- table {match[1]} -->\n\n{made}\n\n<!-- end -->"
         groups = {}
         for r in lines:
