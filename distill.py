@@ -737,8 +737,10 @@ def plot(task, model, linear, maps, table, folder):
     save(figure, "monotonicity.png")
 
     figure, axis = plt.subplots(figsize=(6, 4))
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)     # the usual ten would come twice
     for name, figures in table.items():
-        axis.plot(figures["entropy"], "ko--" if name == "softmax" else "o-", label=name)
+        style = "ko--" if name == "softmax" else "r*-" if name.endswith("trained") else "o-"
+        axis.plot(figures["entropy"], style, label=name)
     axis.set(xlabel="layer", ylabel="mean entropy of the weights, nats",
              xticks=range(len(found)), xticklabels=range(1, len(found) + 1))
     axis.legend(bbox_to_anchor=(1, 1))

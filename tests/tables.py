@@ -213,10 +213,11 @@ def gap(lines):
                      ("the teacher", "perplexity", 1), ("swapped", "perplexity", 0),
                      ("stage 1", "perplexity", 1), ("stage 1", "kl", 2),
                      ("stage 2", "perplexity", 1))]
-        rows.append([conversion(r), f"{r['options']['steps']:,}", *cells,
+        steps = "-" if r["options"]["no_distill"] else r["options"]["distill_steps"]
+        rows.append([conversion(r), f"{steps}", f"{r['options']['steps']:,}", *cells,
                      f"{softmax_alike(r, lines):.1f}", f"{above_softmax(r, lines):.1f}"])
-    return markdown(["map", "steps", "teacher", "swapped", "stage 1", "its KL", "stage 2",
-                     "softmax finetuned", "above it, %"], rows, lines)
+    return markdown(["map", "steps 1", "steps 2", "teacher", "swapped", "stage 1", "its KL",
+                     "stage 2", "softmax finetuned", "above it, %"], rows, lines)
 
 
 def teachers(lines):
