@@ -163,7 +163,7 @@ class HedgehogGate(Hedgehog):
 
     With softmax a key can have more weight for all queries. Hedgehog's can not, as each key's
     features sum to 2; the factor lets it: an exponential input gate, as in xLSTM (Beck et al.,
-    arXiv 2405.04517). The map runs outside the kernel.
+    arXiv 2405.04517). The features are made outside the kernel.
     """
 
     def __init__(self, config):

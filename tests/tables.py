@@ -185,7 +185,7 @@ def softmax_alike(r, lines):
     """Perplexity of softmax finetuned alike: a run with --no-baseline has another run's."""
     for other in (r, *lines):
         same = all(other["options"].get(key) == r["options"].get(key)
-                   for key in ("teacher", "data", "steps", "lr", "batch_size"))
+                   for key in ("teacher", "data", "steps", "lr", "batch_size", "lora"))
         if same and "finetuned" in stages(other):
             return stages(other)["finetuned"]["perplexity"]
 
@@ -199,7 +199,8 @@ def conversion(r):
     """The map of a run, with the options that make a difference."""
     o = r["options"]
     words = [o["feature_map"], *(["--no-distill"] if o["no_distill"] else []),
-             *([f"--feature-dim {o['feature_dim']}"] if o.get("feature_dim") else [])]
+             *(f"--{key.replace('_', '-')} {o[key]}" for key in ("feature_dim", "lora")
+               if o.get(key))]
     return " ".join(words)
 
 
