@@ -161,19 +161,21 @@ def compare(r):
 
 
 def budget(lines):
-    """Softmax, Hedgehog and its gate on stdlib, as they come, after ever more steps."""
-    names = "softmax", "hedgehog", "hedgehog_gate"
-    found = {(name(r), r["steps"]): r for r in lines if r["seed"] == 0 and name(r) in names}
+    """Softmax, Hedgehog and its gate on stdlib, as they come, after ever more steps: means."""
+    names, found = ("softmax", "hedgehog", "hedgehog_gate"), {}
+    for r in lines:
+        if name(r) in names:
+            found.setdefault((name(r), r["steps"]), {})[r["seed"]] = r
     steps = sorted({n for _, n in found if {(which, n) for which in names} <= set(found)})
-    ppl = {key: r["valid"]["perplexity"] for key, r in found.items()}
+    ppl = {key: mean(r["valid"]["perplexity"] for r in by.values()) for key, by in found.items()}
     rows = []
     for which in names:
         rows.append([which, *(f"{ppl[which, n]:.2f}" for n in steps)])
         if which != "softmax":
             rows.append(["above softmax, %", *(
                 f"{100 * (ppl[which, n] / ppl['softmax', n] - 1):.1f}" for n in steps)])
-    return markdown(["steps", *(f"{n:,}" for n in steps)], rows,
-                    [r for (_, n), r in found.items() if n in steps])
+    return markdown(["steps", *(f"{n:,}" for n in steps)], rows, [
+        r for (_, n), by in found.items() if n in steps for r in by.values()])
 
 
 def stages(r):
