@@ -162,20 +162,19 @@ def compare(r):
 
 def budget(lines):
     """Softmax, Hedgehog and its gate on stdlib, as they come, after ever more steps: means."""
-    names, found = ("softmax", "hedgehog", "hedgehog_gate"), {}
-    for r in lines:
-        if name(r) in names:
-            found.setdefault((name(r), r["steps"]), {})[r["seed"]] = r
-    steps = sorted({n for _, n in found if {(which, n) for which in names} <= set(found)})
-    ppl = {key: mean(r["valid"]["perplexity"] for r in by.values()) for key, by in found.items()}
+    names = "softmax", "hedgehog", "hedgehog_gate"
+    by_steps = {n: runs(r for r in lines if r["steps"] == n) for n in {r["steps"] for r in lines}}
+    steps = sorted(n for n, by in by_steps.items() if set(names) <= set(by))
+    ppl = {n: {which: mean(r["valid"]["perplexity"] for r in by_steps[n][which])
+               for which in names} for n in steps}
     rows = []
     for which in names:
-        rows.append([which, *(f"{ppl[which, n]:.2f}" for n in steps)])
+        rows.append([which, *(f"{ppl[n][which]:.2f}" for n in steps)])
         if which != "softmax":
             rows.append(["above softmax, %", *(
-                f"{100 * (ppl[which, n] / ppl['softmax', n] - 1):.1f}" for n in steps)])
-    return markdown(["steps", *(f"{n:,}" for n in steps)], rows, [
-        r for (_, n), by in found.items() if n in steps for r in by.values()])
+                f"{100 * (ppl[n][which] / ppl[n]['softmax'] - 1):.1f}" for n in steps)])
+    return markdown(["steps", *(f"{n:,}" for n in steps)], rows,
+                    [r for n in steps for which in names for r in by_steps[n][which]])
 
 
 def stages(r):
@@ -249,27 +248,33 @@ def distill(title, lines):
         ["model", r["figure"], "KL", "entropy of softmax", "entropy", "monotonicity"], rows, [r])
 
 
+def converted(r, data):
+    return (r.get("figure") == "perplexity" and r["data"].startswith(data)
+            and "--compare" not in r["command"])
+
+
+TITLED = {"recall": recall, "scratch": scratch, "distill": distill, "speed": speed,
+          "generation": generation}         # a table for each title
+SINGLE = {"budget": (budget, lambda r: "attention" in r and r["data"].startswith("stdlib")),
+          "gap": (gap, lambda r: converted(r, "enwiki")),
+          "teachers": (teachers, lambda r: converted(r, "stdlib"))}     # of the lines that fit
+
+
 def rewrite(text, lines):
     def table(match):
-        def conversions(data):
-            return [r for r in lines if r.get("figure") == "perplexity"
-                    and r["data"].startswith(data) and "--compare" not in r["command"]]
-
-        if match[1] in ("budget", "gap", "teachers"):
-            made = {"gap": lambda: gap(conversions("enwiki")),
-                    "teachers": lambda: teachers(conversions("stdlib")),
-                    "budget": lambda: budget([r for r in lines if "attention" in r
-                                              and r["data"].startswith("stdlib")])}[match[1]]()
-            return f"<!-- table {match[1]} -->\n\n{made}\n\n<!-- end -->"
-        groups = {}
-        for r in lines:
-            kind, name = title(r)
-            if kind == match[1] and all(word in name for word in match[2].split()):
-                groups.setdefault(name, []).append(r)
-        make = {"recall": recall, "scratch": scratch, "distill": distill, "speed": speed,
-                "generation": generation}[match[1]]
-        body = "\n\n".join(make(*group) for group in groups.items()) or "*Not measured yet.*"
-        return f"<!-- table {match[1]}{match[2]} -->\n\n{body}\n\n<!-- end -->"
+        kind, words = match.groups()
+        if kind in SINGLE:
+            make, fits = SINGLE[kind]
+            body = make(list(filter(fits, lines)))
+        else:
+            groups = {}
+            for r in lines:
+                of, name = title(r)
+                if of == kind and all(word in name for word in words.split()):
+                    groups.setdefault(name, []).append(r)
+            body = "\n\n".join(TITLED[kind](*group) for group in groups.items())
+        return (f"<!-- table {kind}{words} -->\n\n{body or '*Not measured yet.*'}\n\n"
+                "<!-- end -->")
 
     return re.sub(r"<!-- table (\w+)(.*?) -->.*?<!-- end -->", table, text, flags=re.S)
 

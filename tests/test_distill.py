@@ -468,17 +468,25 @@ def test_end_to_end(capsys, here):
 
 def test_without_stage_1_and_with_lora(capsys, here):
     code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "t2r",
-                         "--feature-map", "t2r", "--no-distill", "--lora", 2, "--no-baseline",
-                         *SHORT)
+                         "--feature-map", "t2r", "--no-distill", "--lora", 2, *SHORT)
     assert code == 0, err
     assert [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]] == [
-        "softmax, the teacher", "t2r-no-distill, swapped", "t2r-no-distill, stage 2"]
+        "softmax, the teacher", "t2r-no-distill, swapped", "t2r-no-distill, stage 2",
+        "softmax, finetuned"]
     moved = train_lm.load_checkpoint(Path("t2r/stage2/checkpoint.pt"))["model"]
     w_q = moved["blocks.0.attn.feature_map.w_q"]
     assert not torch.equal(w_q, torch.eye(16).expand_as(w_q))       # maps learn with the adapters
     was = train_lm.load_checkpoint(Path("softmax/checkpoint.pt"))["model"]
     assert {name for name in was if not torch.equal(moved[name], was[name])} == {
         f"blocks.{i}.attn.{linear}.weight" for i in (0, 1) for linear in ("qkv", "proj")}
+
+
+def test_without_baseline(capsys, here):
+    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "alone",
+                         "--no-distill", "--no-baseline", *SHORT)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["rows"][-1]["name"] == "hedgehog-no-distill, stage 2"
+    assert not Path("alone/softmax").exists()
 
 
 def test_compare(capsys, here):
