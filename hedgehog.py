@@ -1,9 +1,9 @@
 """Hedgehog: linear attention that learns to weigh like softmax, and a GPT to train it in.
 
-Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
-Mimicry", arXiv 2402.04347. From top to bottom: feature maps (`FEATURE_MAPS`), softmax attention,
-how alike two attentions are, one attention layer that can be either, the GPT around it.
-`python hedgehog.py` times generation.
+Zhang, Bhatia, Kumbong, Ré, "The Hedgehog & the Porcupine: Expressive Linear Attentions with
+Softmax Mimicry", arXiv 2402.04347. From top to bottom: the feature maps; softmax attention; how
+spiky and how alike two attentions are; the two attentions as modules that take each other's place;
+the GPT.
 
 Glossary
     code            paper           shape               what
@@ -19,21 +19,14 @@ Glossary
     s               -                                   q.k / sqrt(d), softmax attention's logit
 """
 
-import argparse
-import json
 import math
-import shlex
-import sys
-import time
 from dataclasses import dataclass
-from datetime import date
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kernel import (chunked_linear_attention, hedgehog_attention, hedgehog_features,
-                    linear_attention, linear_attention_weights, recurrent_step)
+from kernel import fused_attention, kernels_take, linear_attention, linear_attention_weights
 
 
 @dataclass
@@ -45,18 +38,17 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0            # on embeddings and on what each block adds; never on weights
-    attention: str = "hedgehog"     # "softmax" or a name in FEATURE_MAPS
+    attention: str = "hedgehog"     # "softmax" or a feature map's name; "a,b" alternates by layer
     position: str = "learned"       # "learned" (GPT-2) or "rotary"
-    exp_temperature: float = 1.0    # t of the map "exp"
-    qk_init: float = 1.0            # q and k projections start this many times as large
     feature_dim: int = 0            # m, columns of a learned map's W; 0: as many as the head dim
     causal: bool = True             # False: an encoder, every token sees all
     num_classes: int = 0            # above 0: classify sequences, not predict tokens
 
     def __post_init__(self):
-        if self.attention not in ("softmax", *FEATURE_MAPS):
-            raise ValueError(f"attention {self.attention!r} is not one of: softmax, "
-                             + ", ".join(FEATURE_MAPS))
+        for name in self.attentions:
+            if name != "softmax" and name not in FEATURE_MAPS:
+                raise ValueError(f"attention {name!r} is not one of: softmax, "
+                                 + ", ".join(FEATURE_MAPS))
         if self.position not in ("learned", "rotary"):
             raise ValueError(f"position {self.position!r} is neither learned nor rotary")
         if self.n_embd % self.n_head:
@@ -67,38 +59,47 @@ class GPTConfig:
             raise ValueError(f"rotary positions need an even head dim, not {self.head_dim}")
 
     @property
+    def attentions(self):
+        """The attention of each layer: the names in `attention`, over and over."""
+        names = self.attention.split(",")
+        return [names[i % len(names)] for i in range(max(self.n_layer, len(names)))]
+
+    @property
     def head_dim(self):
         return self.n_embd // self.n_head
 
     @property
     def max_length(self):
         """Longest sequence that the model is defined on, or None where there is no limit."""
-        bounded = self.position == "learned" or self.attention == "cosformer"
+        bounded = self.position == "learned" or "cosformer" in self.attentions
         return self.block_size if bounded else None
 
 
 # --- feature maps ---------------------------------------------------------------------------------
 
 
+def hedgehog_features(x, w):
+    """Hedgehog's phi(x) = [softmax(x W), softmax(-x W)]: (B, H, T, d) -> (B, H, T, 2m).
+
+    w (H, d, m) is one W a head; each softmax is over its own m features. Section 4 of the paper.
+    """
+    h = x @ w
+    return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)
+
+
 class FeatureMap(nn.Module):
     """phi: called with q, k (B, H, T, d) and positions (T,), returns phi_q, phi_k (B, H, T, F).
 
-    Attention calls nothing else, so a new map is a subclass and a line in FEATURE_MAPS. Features
-    must give phi(q).phi(k) >= 0. A factor that all of one query's features share cancels in the
+    A new map is a subclass and a line in FEATURE_MAPS; attention calls nothing else. Features must
+    give phi(q).phi(k) >= 0. A factor that all of one query's features share cancels in the
     normalised weights; a factor on one key's features does not.
     """
 
-    def __init__(self, config):         # what a map needs of the config, subclasses take
+    def __init__(self, config):
         super().__init__()
 
     def forward(self, q, k, positions):
         return self.phi(q), self.phi(k)
-
-    def attend(self, q, k, v, positions, state=None, causal=True, key_mask=None):
-        """Linear attention with these features: y (B, H, T, d), the state after them."""
-        if causal and key_mask is None:
-            return linear_attention(*self(q, k, positions), v, state)   # on a GPU a fused kernel
-        return chunked_linear_attention(*self(q, k, positions), v, causal, key_mask, state)
 
 
 def first_maps(config):
@@ -112,12 +113,12 @@ def first_maps(config):
 
 
 class Hedgehog(FeatureMap):
-    """phi(x) = [softmax(x W), softmax(-x W)], each half on its own; W per head, q and k apart.
+    """phi(x) = [softmax(x W), softmax(-x W)]; W per head, and one for q, another for k.
 
     The paper's section 4 with the softmax over features that its authors settled on (LoLCATs, arXiv
-    2410.10254, Appendix D.1): bounded features, and W learns to make the weights spiky and monotone
-    in q.k. No bias: the paper's 0.495 % of extra parameters at Llama-2-7B are 2 H d^2 a layer, no
-    more. README.md says which other maps carry the name.
+    2410.10254, Appendix D.1): features are bounded, and W learns to make the weights spiky and
+    monotone in q.k. There is no bias: the 0.495 % of extra parameters that the paper gives for
+    Llama-2-7B are 2 H d^2 a layer, no more. README.md says which other maps carry the name.
     """
 
     def __init__(self, config):
@@ -126,13 +127,6 @@ class Hedgehog(FeatureMap):
 
     def forward(self, q, k, positions):
         return hedgehog_features(q, self.w_q), hedgehog_features(k, self.w_k)
-
-    def attend(self, q, k, v, positions, state=None, causal=True, key_mask=None):
-        """The same numbers as FeatureMap.attend; causal ones from kernels with the map inside, if
-        w_q and w_k are (H, d, d)."""
-        if causal and key_mask is None and self.w_q.size(-1) == q.size(-1):
-            return hedgehog_attention(q, k, v, self.w_q, self.w_k, state)
-        return super().attend(q, k, v, positions, state, causal, key_mask)
 
 
 def exp_features(q, k):
@@ -156,25 +150,6 @@ class HedgehogExp(FeatureMap):
     def forward(self, q, k, positions):
         q, k = q @ self.w_q, k @ self.w_k
         return exp_features(torch.cat([q, -q], dim=-1), torch.cat([k, -k], dim=-1))
-
-
-class HedgehogGate(Hedgehog):
-    """Hedgehog, but with exp(u.k) phi(k) for keys, u (H, d) 0 at first: not the paper's.
-
-    With softmax a key can have more weight for all queries. Hedgehog's can not, as each key's
-    features sum to 2; the factor lets it: an exponential input gate, as in xLSTM (Beck et al.,
-    arXiv 2405.04517). The features are made outside the kernel.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.u = nn.Parameter(torch.zeros(config.n_head, config.head_dim))
-
-    def forward(self, q, k, positions):
-        phi_q, phi_k = super().forward(q, k, positions)
-        return phi_q, phi_k * (k @ self.u.unsqueeze(-1)).clamp(max=60).exp()    # (B, H, T, 1)
-
-    attend = FeatureMap.attend
 
 
 class T2R(FeatureMap):
@@ -207,13 +182,15 @@ class ReLU(FeatureMap):
 
 class Exp(FeatureMap):
     """phi(x) = exp(t x): spiky, not monotone in q.k; the paper's probe (section 3)."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.t = config.exp_temperature
+    t = 1.0
 
     def forward(self, q, k, positions):
         return exp_features(self.t * q, self.t * k)
+
+
+class Exp2(Exp):
+    """exp(2 x)."""
+    t = 2.0
 
 
 class Performer(FeatureMap):
@@ -270,22 +247,33 @@ class Taylor(FeatureMap):
         return torch.cat([torch.ones_like(x[..., :1]), x, x2], dim=-1)
 
 
-FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "hedgehog_gate": HedgehogGate,
-                "t2r": T2R, "elu": ELU, "relu": ReLU, "exp": Exp, "performer": Performer,
+FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "t2r": T2R, "elu": ELU,
+                "relu": ReLU, "exp": Exp, "exp2": Exp2, "performer": Performer,
                 "cosformer": CosFormer, "taylor": Taylor}
 
 
 # --- softmax attention, the definition and the fast path ------------------------------------------
 
 
-def softmax_attention_weights(q, k, causal=True, key_mask=None):
-    """a_ij = exp(s_ij) / sum_m exp(s_im), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k), in fp32.
+def visible(q, k, causal=True, key_mask=None):
+    """Which keys a query may see, bool, broadcastable to (B, H, T_q, T_k).
 
     `key_mask` (B, T_k) is False at padding. With T_q < T_k the queries are the last T_q tokens.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
+    if causal:
+        mask = mask.tril(k.size(2) - q.size(2))
+    return mask if key_mask is None else mask & key_mask[:, None, None, :].bool()
+
+
+def softmax_attention_weights(q, k, causal=True, key_mask=None):
+    """a_ij = exp(s_ij) / sum_n exp(s_in), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k), in fp32.
+
+    A query that sees no key has weights 0.
+    """
+    dtype, seen = torch.promote_types(q.dtype, torch.float32), visible(q, k, causal, key_mask)
     s = q.to(dtype) @ k.to(dtype).mT / math.sqrt(q.size(-1))
-    return s.masked_fill(~visible(q, k, causal, key_mask), -math.inf).softmax(-1)
+    return s.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) * seen
 
 
 def softmax_attention(q, k, v, causal=True, key_mask=None):
@@ -298,24 +286,6 @@ def softmax_attention(q, k, v, causal=True, key_mask=None):
                                                    visible(q, k, causal, key_mask))
 
 
-def visible(q, k, causal, key_mask):
-    """Which keys a query may see, bool, broadcastable to (B, H, T_q, T_k)."""
-    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
-    if causal:
-        mask = mask.tril(k.size(2) - q.size(2))
-    return mask if key_mask is None else mask & key_mask[:, None, None, :]
-
-
-def rotate(x, positions):
-    """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only."""
-    half = x.size(-1) // 2
-    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
-    angle = positions.unsqueeze(-1) * frequency             # (T, d/2), fp32
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    x1, x2 = x[..., :half], x[..., half:]
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
-
-
 # --- how spiky, how monotone, how alike -----------------------------------------------------------
 #
 # Weights are (B, H, T_q, T_k). Each figure is a mean over batch, heads and all queries, the first
@@ -326,10 +296,10 @@ SMALLEST = 1e-12        # weights below count as this in a logarithm: ReLU featu
 
 
 def mean_over_queries(x, queries):
-    """x (B, H, T_q) -> its mean where `queries` is True."""
+    """x (B, H, T_q) -> its mean where `queries` is True, 0 if that is nowhere."""
     if queries is None:
         return x.mean()
-    return (x * queries.unsqueeze(1)).sum() / (queries.sum() * x.size(1))
+    return (x * queries.unsqueeze(1)).sum() / (queries.sum().clamp(min=1) * x.size(1))
 
 
 def attention_cross_entropy(teacher, student, queries=None):
@@ -361,8 +331,8 @@ def monotonicity(weights, q, k, causal=True, key_mask=None):
     correlation = (r * s).sum(-1) / spread.clamp(min=0.25)              # at least 0.5
     counted = n > 1
     if key_mask is not None:
-        counted = counted & key_mask[:, None, -q.size(2):]
-    return (correlation * counted).sum() / counted.sum()
+        counted = counted & key_mask[:, None, -q.size(2):].bool()
+    return (correlation * counted).sum() / counted.sum().clamp(min=1)
 
 
 def ranks(x):
@@ -371,67 +341,106 @@ def ranks(x):
     return (torch.searchsorted(in_order, x) + torch.searchsorted(in_order, x, right=True) - 1) / 2
 
 
+# --- attention as a module ------------------------------------------------------------------------
+#
+# An attention layer mixes values in its submodule `mix`. Two modules with one signature fit there,
+#
+#     mix(q, k, v, positions, causal, key_mask, cache) -> y (B, H, T, d), cache
+#
+# so to convert a layer from softmax to linear is `layer.mix = LinearAttention(feature_map)`, and to
+# watch its q and k is PyTorch's register_forward_pre_hook. The cache is what later tokens need to
+# know of these and earlier ones. `key_mask` (B, tokens so far) is False at padding.
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax attention. Its cache, (k, v) of all tokens so far, grows with every token."""
+
+    def weights(self, q, k, positions=None, causal=True, key_mask=None):
+        return softmax_attention_weights(q, k, causal, key_mask)
+
+    def forward(self, q, k, v, positions=None, causal=True, key_mask=None, cache=None):
+        if cache is not None:
+            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+        return softmax_attention(q, k, v, causal, key_mask), (k, v)
+
+
+class LinearAttention(nn.Module):
+    """Linear attention with a feature map. Its cache is the state (S, z), of constant size."""
+
+    def __init__(self, feature_map):
+        super().__init__()
+        self.feature_map = feature_map
+
+    def weights(self, q, k, positions, causal=True, key_mask=None):
+        return linear_attention_weights(*self.feature_map(q, k, positions), causal, key_mask)
+
+    def forward(self, q, k, v, positions, causal=True, key_mask=None, cache=None):
+        if key_mask is not None:
+            key_mask = key_mask[:, -k.size(2):]             # earlier tokens are in the state
+        if type(self.feature_map) is Hedgehog:              # the kernels know no other map, nor
+            w_q, w_k = self.feature_map.w_q, self.feature_map.w_k       # what a subclass does
+            return hedgehog_attention(q, k, v, w_q, w_k, causal, key_mask, cache)
+        return linear_attention(*self.feature_map(q, k, positions), v, causal, key_mask, cache)
+
+
+def hedgehog_attention(q, k, v, w_q, w_k, causal=True, key_mask=None, state=None):
+    """Hedgehog attention as a function: q, k, v (B, H, T, d), w_q and w_k (H, d, m).
+
+    Returns y (B, H, T, d) and the state (S, z) after the last token, to be handed over as `state`
+    with the tokens that follow. On a GPU that takes them, the kernels make the features inside.
+    """
+    if kernels_take(q, v, w_q, causal, key_mask):
+        return fused_attention(q, k, v, w_q, w_k, state)
+    return linear_attention(hedgehog_features(q, w_q), hedgehog_features(k, w_k), v, causal,
+                            key_mask, state)
+
+
+def make_mix(name, config):
+    """The module that a name in GPTConfig.attention stands for."""
+    return SoftmaxAttention() if name == "softmax" else LinearAttention(FEATURE_MAPS[name](config))
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Multi-head attention, softmax or linear as config.attention says."""
+def rotate(x, positions):
+    """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only."""
+    half = x.size(-1) // 2
+    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
+    angle = positions.unsqueeze(-1) * frequency             # (T, d/2), fp32
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
-    def __init__(self, config):
+
+class Attention(nn.Module):
+    """Multi-head attention around a `mix`."""
+
+    def __init__(self, config, name):
         super().__init__()
         self.n_head, self.causal = config.n_head, config.causal
         self.rotary = config.position == "rotary"
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.feature_map = (None if config.attention == "softmax"
-                            else FEATURE_MAPS[config.attention](config))
-        self.linear = self.feature_map is not None          # False: softmax, a map only stands by
-        self.watch = None               # called with (self, q, k, positions, key_mask) each time
-
-    def project(self, x, positions):
-        """Hidden states (B, T, n_embd) -> q, k, v (B, H, T, d), rotated if positions are rotary."""
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-                   for y in self.qkv(x).chunk(3, dim=-1))
-        if self.rotary:
-            q, k = rotate(q, positions), rotate(k, positions)
-        return q, k, v
-
-    def weights(self, x, positions):
-        """The attention weights (B, H, T, T) of hidden states x, to look at: O(T^2)."""
-        q, k, _ = self.project(x, positions)
-        if not self.linear:
-            return softmax_attention_weights(q, k, self.causal)
-        return linear_attention_weights(*self.feature_map(q, k, positions), self.causal)
+        self.mix = make_mix(name, config)
 
     def forward(self, x, positions, cache=None, key_mask=None):
-        """x (B, T, n_embd) -> the same shape, and what later tokens need to know of these.
-
-        The cache is (k, v) of all tokens so far for softmax, the state (S, z) for linear attention.
-        `key_mask` (B, T) is False at padding.
-        """
-        q, k, v = self.project(x, positions)
-        if self.watch is not None:
-            self.watch(self, q, k, positions, key_mask)
-        if not self.linear:
-            if cache is not None:
-                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-            y, cache = softmax_attention(q, k, v, self.causal, key_mask), (k, v)
-        elif self.causal and x.size(1) == 1:                # a step of generation
-            phi_q, phi_k = self.feature_map(q, k, positions)
-            y, cache = recurrent_step(phi_q.squeeze(2), phi_k.squeeze(2), v.squeeze(2), cache)
-            y = y.unsqueeze(2)
-        else:
-            y, cache = self.feature_map.attend(q, k, v, positions, cache, self.causal, key_mask)
+        """x (B, T, n_embd) -> the same shape, and the cache after these tokens."""
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for y in self.qkv(x).chunk(3, dim=-1))   # (B, H, T, d)
+        if self.rotary:
+            q, k = rotate(q, positions), rotate(k, positions)
+        y, cache = self.mix(q, k, v, positions, self.causal, key_mask, cache)
         return self.proj(y.transpose(1, 2).flatten(2)), cache
 
 
 class Block(nn.Module):
     """A pre-norm Transformer block, GPT-2's."""
 
-    def __init__(self, config):
+    def __init__(self, config, name):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
+        self.attn = Attention(config, name)
         self.mlp = nn.Sequential(nn.Linear(config.n_embd, 4 * config.n_embd),
                                  nn.GELU(approximate="tanh"),       # GPT-2's form of GELU
                                  nn.Linear(4 * config.n_embd, config.n_embd))
@@ -453,7 +462,8 @@ class GPT(nn.Module):
         self.wpe = (nn.Embedding(config.block_size, config.n_embd)
                     if config.position == "learned" else None)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, name)
+                                    for name in config.attentions[:config.n_layer])
         self.ln_f = nn.LayerNorm(config.n_embd)
         if config.num_classes:
             self.classifier = nn.Linear(config.n_embd, config.num_classes)
@@ -461,9 +471,8 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             self.lm_head.weight = self.wte.weight           # tied, as in GPT-2
         # GPT-2's initialisation, its 0.02 taken as 0.55 / sqrt(width) so that a narrow model starts
-        # with activations of the same size (with 0.02 at width 64 not even softmax attention learns
-        # recall). It names Linear and Embedding only: the feature maps, which hold bare parameters,
-        # keep their identity.
+        # with activations of the same size. It names Linear and Embedding only: the feature maps,
+        # which hold bare parameters, keep their identity.
         std = 0.02 * math.sqrt(768 / config.n_embd)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -471,11 +480,27 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            with torch.no_grad():
-                block.attn.qkv.weight[:2 * config.n_embd] *= config.qk_init
             for linear in (block.attn.proj, block.mlp[2]):
                 # 2 n_layer of them add to the residual stream
                 nn.init.normal_(linear.weight, std=std / math.sqrt(2 * config.n_layer))
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """OpenAI's GPT-2, or what export() wrote: a name or folder, read by transformers."""
+        import hf               # only this and the next method need transformers
+        return hf.own_gpt(name)
+
+    def export(self, folder):
+        """A folder that transformers opens as a GPT-2, the maps of linear attention beside it."""
+        import hf
+        hf.export(self, folder)
+
+    def attention_layers(self):
+        return [block.attn for block in self.blocks]
+
+    def projections(self):
+        """(module, matrices stacked in its weight) of queries, keys, values and outputs."""
+        return [x for attn in self.attention_layers() for x in ((attn.qkv, 3), (attn.proj, 1))]
 
     def check_length(self, length):
         if self.config.max_length is not None and length > self.config.max_length:
@@ -487,7 +512,7 @@ class GPT(nn.Module):
         """Token ids at positions start, start + 1, ... -> hidden states (B, T, n_embd), new caches.
 
         `caches` is a list with what each block returned for the tokens before start (None at 0);
-        without it nothing is kept. `key_mask` (B, T) is False at padding.
+        without it nothing is kept. `key_mask` (B, start + T) is False at padding.
         """
         end = start + idx.size(1)
         self.check_length(end)
@@ -515,8 +540,7 @@ class GPT(nn.Module):
             logits = self.classifier((x * weight).sum(1))
         else:
             # Rows of zeros, cut off again, make GPT-2's odd 50,257 a multiple of 8, which the fast
-            # matrix products of a GPU ask for: without them this one and its gradients took 30 of
-            # a training step's 70 ms (124M parameters, 16,384 tokens, one H200, not compiled).
+            # matrix products of a GPU ask for.
             fill = -self.config.vocab_size % 8
             weight = functional.pad(self.lm_head.weight, (0, 0, 0, fill))
             logits = functional.linear(x, weight)[..., :self.config.vocab_size]
@@ -559,52 +583,3 @@ class GPT(nn.Module):
             decay[p.dim() >= 2 and "feature_map" not in name].append(p)
         return [{"params": decay[True], "weight_decay": weight_decay},
                 {"params": decay[False], "weight_decay": 0.0}]
-
-
-@torch.no_grad()
-def time_generation(attention, contexts, batch, device):
-    """Tokens a second after so many tokens of context, and the bytes kept for each sequence.
-
-    Random weights; `batch` sequences of GPT-2's size side by side (small ones on a CPU), 32 steps.
-    """
-    size = {} if device == "cuda" else dict(n_layer=4, n_head=2, n_embd=128)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(attention=attention, position="rotary", **size)).to(device).eval()
-    if device == "cuda":
-        model.bfloat16()
-    table = []
-    for context in contexts:
-        idx = torch.randint(model.config.vocab_size, (batch, context + 36), device=device)
-        x, caches = model.hidden(idx[:, :context], [None] * model.config.n_layer)
-        kept = sum(x.nbytes for cache in caches for x in cache) // batch
-        for i in range(context, context + 36):
-            if i == context + 4:                            # the first ones warm up
-                float(x.sum())                              # waits for the device
-                start = time.perf_counter()
-            x, caches = model.hidden(idx[:, i:i + 1], caches, i)
-            x = model.lm_head(x)
-        float(x.sum())
-        speed = 32 * batch / (time.perf_counter() - start)
-        table.append({"attention": attention, "context": context, "bytes": kept,
-                      "tokens_per_second": round(speed)})
-        print(f"{attention:12}{context:>10,} tokens{kept:>16,} bytes{speed:>12,.0f} tokens/s",
-              flush=True)
-    return table
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="generation after ever longer contexts: speed, "
-                                     "and bytes a sequence")
-    parser.add_argument("--contexts", type=int, nargs="+", help="in tokens (1024 4096 16384 65536; "
-                        "without a GPU 128 512 2048)")
-    parser.add_argument("--batch", type=int, default=16, help="sequences at once (%(default)s)")
-    args = parser.parse_args()
-    gpu, start = torch.cuda.is_available(), time.perf_counter()
-    contexts = args.contexts or ([1024, 4096, 16384, 65536] if gpu else [128, 512, 2048])
-    rows = [row for attention in ("softmax", "hedgehog") for row in time_generation(
-        attention, contexts, args.batch, "cuda" if gpu else "cpu")]
-    print(json.dumps({"generation": rows, "batch": args.batch, "data": "random tokens",
-                      "seconds": round(time.perf_counter() - start, 1), "seed": 0,
-                      "device": torch.cuda.get_device_name() if gpu else "cpu",
-                      "torch": torch.__version__, "date": str(date.today()),
-                      "command": shlex.join(["python", *sys.argv])}))

@@ -2,55 +2,49 @@
 
     y_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j),    j <= i if causal, all j if not
 
-where phi maps a query or a key to F features, phi(q).phi(k) >= 0 (Hedgehog paper, arXiv 2402.04347,
+phi maps a query or a key to F features with phi(q).phi(k) >= 0 (Hedgehog paper, arXiv 2402.04347,
 section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention:
 
     phi_q, phi_k  (B, H, T, F)   features: batch, heads, time, feature dim
     v, y          (B, H, T, D)   values and outputs, D the head dim
-    key_mask      (B, T)         bool, False where a key is padding
+    key_mask      (B, T)         False (or 0) where a key is padding
     S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
     z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
 
-`naive_linear_attention` is the definition, T x T, and what every other function is tested against.
-`chunked_linear_attention` costs O(T) in time and memory: a state carries what earlier chunks said.
-`recurrent_linear_attention` goes one token at a time, by `recurrent_step`, which generation uses.
-`hedgehog_attention` has Hedgehog's map inside and is what the GPT calls, `linear_attention` takes
-features: on a Hopper GPU both are fused Triton kernels, elsewhere the chunked form.
-`python kernel.py` checks and times them.
+There are four forms of this one function. `naive_linear_attention` is the definition, T x T, and
+what every other form is tested against. `chunked_linear_attention` takes O(T) time and memory: the
+state sums up all earlier chunks. `recurrent_step` takes one token at a time, in generation.
+`fused_attention` is the chunked form as Triton kernels, with Hedgehog's feature map inside.
+`linear_attention` chooses among the last three. `python kernel.py` checks and times them.
 """
 
-import argparse
-import datetime
 import os
-import time
+import sys
 from types import SimpleNamespace
 
 import torch
 from torch.nn.functional import pad
 
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"    # before triton is imported: check the kernels on a CPU
+
 try:
     import triton
     import triton.language as tl
-except ImportError:     # then the kernels below are only there to be read
+except ImportError:     # then the kernels below can be read, but not run
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=float)
 
-# Added to the denominator: a query that matches no key at all (ReLU features can all be zero, and
-# saturated softmax features nearly) gets the output 0 and not 0/0.
-EPS = 1e-12
+# Added to the denominator, so that a query that matches no key gets 0 and not 0/0 (ReLU features
+# can all be zero). It is far below any sum of features, which cancels in the ratio.
+EPS = 1e-30
 
 
-def hedgehog_features(x, w):
-    """Hedgehog's phi(x) = [softmax(x W), softmax(-x W)]: (B, H, T, d) -> (B, H, T, 2d).
-
-    w (H, d, d) is one W a head; each softmax is over its own d features.
-    """
-    h = x @ w
-    return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)
+# --- 1. The definition ----------------------------------------------------------------------------
 
 
 def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
-    """The weights a_ij = phi(q_i).phi(k_j) / sum_m phi(q_i).phi(k_m), (B, H, T_q, T_k).
+    """The weights a_ij = phi(q_i).phi(k_j) / sum_n phi(q_i).phi(k_n), (B, H, T_q, T_k).
 
     With T_q < T_k the queries are the last T_q tokens.
     """
@@ -67,8 +61,11 @@ def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):
     return linear_attention_weights(phi_q, phi_k, causal, key_mask) @ v
 
 
+# --- 2. Chunks ------------------------------------------------------------------------------------
+
+
 def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None, chunk=64):
-    """The same in O(T): all pairs only inside chunks, what came before through the state.
+    """The same in O(T): all pairs only inside chunks, everything earlier through the state.
 
     `state` is the (S, z) that an earlier segment returned, or None. Sums are kept in fp32 (fp64 for
     fp64 inputs), under autocast too. Differentiable in all inputs.
@@ -105,6 +102,9 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
         return y.to(dtype), (S[:, :, -1], z[:, :, -1])
 
 
+# --- 3. One token at a time -----------------------------------------------------------------------
+
+
 def recurrent_step(phi_q, phi_k, v, state=None):
     """One token: phi_q, phi_k (B, H, F) and v (B, H, D) -> y (B, H, D) and the new (S, z).
 
@@ -132,33 +132,42 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
     return torch.stack(y, dim=2), state
 
 
-# From here on the same in Triton. A function under @triton.jit is compiled for the GPU; the ones
-# called *_kernel are started as a grid of programs, each of which asks tl.program_id who it is.
-# Tensors come in as a pointer to their first element and strides: tl.load reads the tile of
-# elements at a tile of addresses, `mask` says which of them to touch, and what is tl.constexpr is
-# known when the kernel is compiled. tl.dot multiplies two tiles on the matrix units. A program runs
-# on num_warps * 32 threads, and its loads run num_stages - 1 rounds of its loop ahead.
+def linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None):
+    """Linear attention with these features, by the form that is fastest here.
+
+    Returns y (B, H, T, D) and the state (S, z) after the last token; gradients flow to all inputs,
+    through the states too.
+    """
+    if kernels_take(phi_q, v, None, causal, key_mask):
+        return fused_attention(phi_q, phi_k, v, None, None, state)
+    if causal and v.size(2) == 1:                           # a step of generation
+        if key_mask is not None:
+            phi_k = phi_k * key_mask[:, None, :, None]
+        y, state = recurrent_step(phi_q.squeeze(2), phi_k.squeeze(2), v.squeeze(2), state)
+        return y.unsqueeze(2), state
+    return chunked_linear_attention(phi_q, phi_k, v, causal, key_mask, state)
+
+
+# --- 4. Triton kernels ----------------------------------------------------------------------------
 #
-# One program handles one head and a stretch of its tokens, chunk after chunk. Where the features
-# come from is a switch: LEARNED means Hedgehog's, computed inside from q, k and their matrices W,
+# Triton in five lines. A function under @triton.jit is compiled for the GPU. One called *_kernel is
+# started as a grid of programs: here tl.program_id(0) is the head, tl.program_id(1) a stretch of
+# its tokens. Tensors arrive as a pointer to their first element and strides; tl.load reads the tile
+# of elements at a tile of addresses, where `mask` is True. What is tl.constexpr is known when the
+# kernel is compiled. tl.dot multiplies two tiles on the matrix units.
 #
-#     h = x W,   phi(x) = [softmax(h), softmax(-h)]
-#
-# and otherwise q and k are the features already. The names, beside those at the top:
+# A program goes through its tokens chunk by chunk. LEARNED says that the features are Hedgehog's,
+# computed inside from q, k and their matrices W; otherwise q and k are the features already. The
+# comment at the end of a line is the shape of the tile on it. Names beside those at the top:
 #
 #     T, C         tokens of the sequence, and of a chunk; i, j, rows: positions in them
-#     N, segment   segments of a sequence and their length; n: which one
-#     part         length of what one program of the gradients handles, a segment or less; there n
-#                  and N count parts
 #     X            width of q and k: d, or F where the features are given
-#     BF, BD, BX   F, D and X rounded up to a power of two, which all tiles have to be
-#     P            what dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16,
-#                  in which S and phi / den would overflow. Sums are fp32; states that are only
-#                  operands are kept as bf16 for bf16 inputs
+#     segment      tokens between two states that are summed up beforehand; N segments a sequence
+#     part         tokens of one program of the two gradient kernels
+#     P            how dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16, in
+#                  which S and phi / den would overflow. Sums are fp32 always
 #     state        (B, H, D + 1, F): S^T, and z as one more row, S^T's for a value that is always 1
 #     S            in a kernel always S^T, [D, F]: so S += v^T phi(k) needs no transposed phi
-#
-# The comment at the end of a line is the shape of the tile on it.
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -181,54 +190,40 @@ def transposed(x, P: tl.constexpr):
 
 
 @triton.jit
-def addresses(x, stride, rows, cols, height, width):
-    """Where x[rows, cols] is (64 bits: it can be far), and which of it is inside x."""
-    inside = (rows < height)[:, None] & (cols < width)[None, :]
-    return x + rows.to(tl.int64)[:, None] * stride + cols[None, :], inside
-
-
-@triton.jit
-def load(x, stride, rows, cols, height, width):
-    where, inside = addresses(x, stride, rows, cols, height, width)
-    return tl.load(where, mask=inside, other=0.0)
-
-
-@triton.jit
-def store(x, stride, rows, cols, height, width, value):
-    where, inside = addresses(x, stride, rows, cols, height, width)
-    tl.store(where, value.to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def head(x, strides, bh, H):
     """The first token of head bh, of B*H, in a (B, H, T, ...) tensor."""
     return x + (bh // H).to(tl.int64) * strides[0] + (bh % H).to(tl.int64) * strides[1]
 
 
 @triton.jit
-def prefetch(x, stride, rows, height):
-    """Asks for the first 128 bytes of each row, all of it for bf16 and a head dim of 64: when they
-    are loaded later they come from the L2 cache. Triton has no name for this instruction and wants
-    a result, hence the 0 that the second one writes and nobody reads."""
-    where = x + tl.minimum(rows, height - 1).to(tl.int64) * stride
+def load(x, stride, rows, T, width: tl.constexpr):
+    """Rows of x as a tile [rows, width], zeros from row T on. Addresses need 64 bits."""
+    where = x + rows.to(tl.int64)[:, None] * stride + tl.arange(0, width)[None, :]
+    return tl.load(where, mask=(rows < T)[:, None], other=0.0)
+
+
+@triton.jit
+def store(x, stride, rows, T, value, width: tl.constexpr):
+    where = x + rows.to(tl.int64)[:, None] * stride + tl.arange(0, width)[None, :]
+    tl.store(where, value.to(x.dtype.element_ty), mask=(rows < T)[:, None])
+
+
+@triton.jit
+def prefetch(x, stride, rows, T):
+    """Asks for these rows of x, 128 bytes each, so that loading them later finds them in the L2
+    cache. Triton has no name for this instruction, and wants a result: the 0 that nobody reads."""
+    where = x + tl.minimum(rows, T - 1).to(tl.int64) * stride
     if not INTERPRETED:
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
                                   [where.to(tl.int64)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def load_map(w, bh, H, LEARNED: tl.constexpr, BX: tl.constexpr):
+def load_map(w, bh, H, LEARNED: tl.constexpr, X: tl.constexpr):
     if LEARNED:
-        f = tl.arange(0, BX)
-        W = load(w + (bh % H) * BX * BX, BX, f, f, BX, BX)                  # [d, d]
+        return load(w + (bh % H) * X * X, X, tl.arange(0, X), X, X)         # [d, d]
     else:
-        W = tl.zeros((1, 1), tl.float32)    # not used, but has to be something
-    return W
-
-
-@triton.jit
-def plus_minus():
-    return 1 - 2 * tl.arange(0, 2)[None, :, None]                           # [1, 2, 1]: 1, -1
+        return tl.zeros((1, 1), tl.float32)     # Triton wants a tile on both branches
 
 
 @triton.jit
@@ -236,14 +231,14 @@ def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
     """scale phi(x) of a chunk."""
     if LEARNED:
         # h = x W,  phi = [softmax(h), softmax(-h)];  e^h = 2^(h log2 e) is one instruction
+        sign = 1 - 2 * tl.arange(0, 2)[None, :, None]                       # [1, 2, 1]: 1, -1
         h = dot(x, W, P) * LOG2E                                            # [C, d]
-        h = tl.reshape(h, (x.shape[0], 1, x.shape[1])) * plus_minus()       # [C, 2, d]
+        h = tl.reshape(h, (x.shape[0], 1, x.shape[1])) * sign               # [C, 2, d]
         e = tl.exp2(h - tl.max(h, 2)[:, :, None])                           # [C, 2, d]
         phi = e * (scale[:, None] / tl.sum(e, 2))[:, :, None]               # [C, 2, d]
-        phi = tl.reshape(phi, (x.shape[0], 2 * x.shape[1]))                 # [C, F]
+        return tl.reshape(phi, (x.shape[0], 2 * x.shape[1]))                # [C, F]
     else:
-        phi = x.to(tl.float32) * scale[:, None]                             # [C, F]
-    return phi
+        return x.to(tl.float32) * scale[:, None]                            # [C, F]
 
 
 @triton.jit
@@ -251,64 +246,57 @@ def map_gradient(x, W, phi, dphi, LEARNED: tl.constexpr, P: tl.constexpr):
     """From the gradient of a chunk's phi(x) to that of x, and what it adds to dW."""
     if LEARNED:
         # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_i x_i^T dh_i
+        sign = 1 - 2 * tl.arange(0, 2)[None, :, None]                       # [1, 2, 1]: 1, -1
         phi = tl.reshape(phi.to(tl.float32), (x.shape[0], 2, x.shape[1]))   # [C, 2, d]
         dphi = tl.reshape(dphi, (x.shape[0], 2, x.shape[1]))                # [C, 2, d]
         dh = phi * (dphi - tl.sum(phi * dphi, 2)[:, :, None])               # [C, 2, d]
-        dh = operand(tl.sum(dh * plus_minus(), 1), P)                       # [C, d]
-        dx, dW = dot(dh, transposed(W, P), P), dot(transposed(x, P), dh, P)     # [C, d], [d, d]
+        dh = operand(tl.sum(dh * sign, 1), P)                       # [C, d]
+        return dot(dh, transposed(W, P), P), dot(transposed(x, P), dh, P)   # [C, d], [d, d]
     else:
-        dx, dW = dphi, tl.zeros((1, 1), tl.float32)                         # [C, F]
-    return dx, dW
+        return dphi, tl.zeros((1, 1), tl.float32)                           # [C, F]
 
 
 @triton.jit
-def load_state(state, index, F, D, BF: tl.constexpr, BD: tl.constexpr):
+def load_state(state, index, F: tl.constexpr, D: tl.constexpr):
     """S^T and z of one state; zeros if there is none. z is the first of 16 rows, the others 0: a
     dot needs 16 rows, and adds up features much faster than a tl.sum over rows."""
-    f, c, z_row = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, 16)
     if state is None:
-        S, z = tl.zeros((BD, BF), tl.float32), tl.zeros((16, BF), tl.float32)
+        return tl.zeros((D, F), tl.float32), tl.zeros((16, F), tl.float32)
     else:
         state += index.to(tl.int64) * (D + 1) * F
-        S = load(state, F, c, f, D, F)                                      # [D, F]
-        z = load(state + D * F, F, z_row, f, 1, F)                          # [16, F]
-    return S, z
+        S = load(state, F, tl.arange(0, D), D, F)                           # [D, F]
+        return S, load(state + D * F, F, tl.arange(0, 16), 1, F)            # [16, F]
 
 
 @triton.jit
-def store_state(state, index, S, z, F, D, BF: tl.constexpr, BD: tl.constexpr):
-    f, c, z_row = tl.arange(0, BF), tl.arange(0, BD), tl.arange(0, 16)
+def store_state(state, index, S, z, F: tl.constexpr, D: tl.constexpr):
     state += index.to(tl.int64) * (D + 1) * F
-    store(state, F, c, f, D, F, S)
-    store(state + D * F, F, z_row, f, 1, F, z)
+    store(state, F, tl.arange(0, D), D, S, F)
+    store(state + D * F, F, tl.arange(0, 16), 1, z, F)
 
 
 @triton.jit
 def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
-                   q_strides, k_strides, v_strides, y_strides, T, H, segment,
-                   F: tl.constexpr, D: tl.constexpr, X: tl.constexpr, EPS: tl.constexpr,
-                   LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                   BD: tl.constexpr, BX: tl.constexpr):
+                   q_strides, k_strides, v_strides, y_strides, T, H, segment, EPS: tl.constexpr,
+                   F: tl.constexpr, D: tl.constexpr, X: tl.constexpr, LEARNED: tl.constexpr,
+                   P: tl.constexpr, C: tl.constexpr):
     """y of one segment, from the state before it; the last segment stores the state at the end."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, y = head(v, v_strides, bh, H), head(y, y_strides, bh, H)
-    W_q, W_k = load_map(w_q, bh, H, LEARNED, BX), load_map(w_k, bh, H, LEARNED, BX)     # [d, d]
-    i, c, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BX)
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, X), load_map(w_k, bh, H, LEARNED, X)   # [d, d]
+    i = tl.arange(0, C)
     causal = i[:, None] >= i[None, :]                                       # [C, C]
     first_row = (tl.arange(0, 16) == 0)[:, None]                            # [16, 1]
-    S, z = load_state(state, bh * N + n, F, D, BF, BD)                      # [D, F], [16, F]
+    S, z = load_state(state, bh * (N + 1) + n, F, D)                        # [D, F], [16, F]
 
     for start in range(n * segment, min((n + 1) * segment, T), C):
         rows = start + i
         real = tl.where(rows < T, 1.0, 0.0)     # past the end features are 0 and add to no sum
-        k_c = load(k, k_strides[2], rows, b, T, X)                          # [C, d]
-        q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
-        v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
-
-        # with two stages Triton issues the next round's loads only at the end of this one
-        prefetch(k, k_strides[2], rows + C, T)
-        prefetch(q, q_strides[2], rows + C, T)
+        k_c, q_c = load(k, k_strides[2], rows, T, X), load(q, q_strides[2], rows, T, X)  # [C, d]
+        v_c = load(v, v_strides[2], rows, T, D)                             # [C, D]
+        prefetch(k, k_strides[2], rows + C, T)      # with two stages Triton issues the next round's
+        prefetch(q, q_strides[2], rows + C, T)      # loads only at the end of this one
         prefetch(v, v_strides[2], rows + C, T)
         phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
         phi_q = operand(features(q_c, W_q, real, LEARNED, P), P)            # [C, F]
@@ -321,14 +309,14 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
         num += dot(phi_q, transposed(S, P), P)                              # [C, D]
         den += tl.sum(dot(phi_q, transposed(z, P), P), 1)                   # [C]
         inv = 1 / (den + EPS)                                               # [C]
-        store(y, y_strides[2], rows, c, T, D, num * inv[:, None])
+        store(y, y_strides[2], rows, T, num * inv[:, None], D)
         tl.store(inv_den + bh.to(tl.int64) * T + rows, inv, mask=rows < T)
 
         # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j)
         S += dot(transposed(v_c, P), phi_k, P)                              # [D, F]
         z += dot(tl.where(first_row, real[None, :], 0.0), phi_k, P)         # [16, F]
     if n == N - 1:
-        store_state(state_end, bh, S, z, F, D, BF, BD)
+        store_state(state_end, bh, S, z, F, D)
 
 
 # The backward pass, with a_i = phi(q_i) / den_i, delta_i = dy_i.y_i, and for j <= i
@@ -347,44 +335,22 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
 #
 # Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
 # sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
-# of each other. Tried on an H200 (bf16, 65,536 tokens, 12 heads of 64) and slower, each against the
-# form of its day:
-#   - one kernel for all gradients, which computes phi once: its tiles exceed the registers, it took
-#     1.25 ms where the two below took 0.92; and 1.52 with chunks of 128 on 8 warps
-#   - the states carried through the gradient kernels as through the forward one: 201 MiB less, but
-#     registers spilled, and these two kernels took 1.54 ms instead of 1.24 with the sweeps
-#   - at most 168 registers a thread, so that three programs run on an SM and not two: most spill;
-#     states_kernel, with two stages instead of three, does not. It took 136 us and not 168 at
-#     T = 2,048, where all its programs then run at once, but 160 and not 125 at T = 65,536
-#   - tensor descriptors (TMA) for loads
-#   - the next chunk prefetched in backward_kv_kernel too (489 us, not 478), or in backward_q_kernel
-#     at the start of a round, where the stores to shared memory then wait for it (439, not 390)
-#   - the softmaxes' maxima and sums saved once and loaded later: a fifth to three tenths fewer
-#     instructions a round, but the gradients came no faster, and forward took 290 us, not 252
-#   - programs in reverse order, to meet what the kernel before left in the L2 cache
-#   - chunks of 32 (too small for the fast matrix instructions) and, where they fit, of 128 (more
-#     work above the diagonal, one program at a time on an SM)
-#   - z and dz as a tl.sum over rows instead of a dot: forward 0.40 ms instead of 0.32
-# What bounds it, by the hardware's counters (before segments were cut as they are now): the
-# registers of two programs, 8 warps, fill an SM; in 61 to 72 % of the cycles no warp is ready to
-# issue; memory is 37 to 59 % busy.
-# A trap: the weights that add up z, as a right operand [C, 16] made inside the loop, gave wrong
-# numbers (Triton 3.6); that is why they are 16 rows and on the left.
+# of each other. Two kernels, not one: dq and dk, dv together need more registers than there are.
 
 
 @triton.jit
-def states_kernel(x, u, w, inv_den, delta, state, chunk_states, state_end, x_strides, u_strides,
-                  T, H, segment, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
-                  LEARNED: tl.constexpr, BACKWARD: tl.constexpr, P: tl.constexpr,
-                  C: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr):
+def states_kernel(x, u, w, inv_den, delta, state, chunk_states, sums, x_strides, u_strides,
+                  T, H, segment, BACKWARD: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+                  X: tl.constexpr, LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """S and z along one segment, from x = k and u = v; BACKWARD, dS and dz from x = q and u = dy.
-    Stores where that ends, the state at every chunk, or both."""
+    Stores the state at every chunk, or what the segment adds in slot 1 + m of its head in `sums`,
+    m the segments on this side of it, or both."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     x, u = head(x, x_strides, bh, H), head(u, u_strides, bh, H)
-    W = load_map(w, bh, H, LEARNED, BX)                                     # [d, d]
-    i, c, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BX)
+    W = load_map(w, bh, H, LEARNED, X)                                      # [d, d]
+    i = tl.arange(0, C)
     first_row = (tl.arange(0, 16) == 0)[:, None]                            # [16, 1]
-    S, z = load_state(state, bh * N + n, F, D, BF, BD)                      # [D, F], [16, F]
+    S, z = load_state(state, bh * (N + 1) + n, F, D)                        # [D, F], [16, F]
 
     begin, end = n * segment, min((n + 1) * segment, T)
     if chunk_states is None and n == N - 1:
@@ -394,73 +360,53 @@ def states_kernel(x, u, w, inv_den, delta, state, chunk_states, state_end, x_str
         start = last - step if BACKWARD else begin + step
         rows = start + i
         if chunk_states is not None:
-            store_state(chunk_states, bh * tl.cdiv(T, C) + start // C, S, z, F, D, BF, BD)
+            store_state(chunk_states, bh * tl.cdiv(T, C) + start // C, S, z, F, D)
         scale = tl.where(rows < T, 1.0, 0.0)                                # [C]
         weight = scale
         if BACKWARD:
             row = bh.to(tl.int64) * T + rows
             scale = tl.load(inv_den + row, mask=rows < T, other=0.0)
             weight = -tl.load(delta + row, mask=rows < T, other=0.0)
-        x_c = load(x, x_strides[2], rows, b, T, X)                          # [C, d]
-        u_c = load(u, u_strides[2], rows, c, T, D)                          # [C, D]
+        x_c = load(x, x_strides[2], rows, T, X)                             # [C, d]
+        u_c = load(u, u_strides[2], rows, T, D)                             # [C, D]
         phi = operand(features(x_c, W, scale, LEARNED, P), P)               # [C, F]
 
-        # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j)
+        # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j). z's weights must be the left operand: as
+        # a right one [C, 16], made inside the loop, they gave wrong numbers in Triton 3.6.
         S += dot(transposed(u_c, P), phi, P)                                # [D, F]
         z += dot(tl.where(first_row, weight[None, :], 0.0), phi, P)         # [16, F]
-    if state_end is not None:
-        store_state(state_end, bh * N + n, S, z, F, D, BF, BD)
-
-
-@triton.jit
-def prefix_kernel(own, before, initial, N, width, BACKWARD: tl.constexpr, BN: tl.constexpr,
-                  BLOCK: tl.constexpr):
-    """before[n] = initial + sum of own[m] over m < n; BACKWARD, m > n. Both (B*H, N, width)."""
-    bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    n = N - 1 - i if BACKWARD else i        # the segments in the order of the sum
-    m = n + 1 if BACKWARD else n - 1
-    x = tl.load(own + (bh * N + m[:, None]) * width + c[None, :],
-                mask=(i > 0)[:, None] & (i < N)[:, None] & (c < width)[None, :], other=0.0)
-    if initial is not None:
-        first = tl.load(initial + bh * width + c, mask=c < width, other=0.0)
-        x += tl.where((i == 0)[:, None], first[None, :], 0.0)
-    tl.store(before + (bh * N + n[:, None]) * width + c[None, :],
-             tl.cumsum(x, 0).to(before.dtype.element_ty),
-             mask=(i < N)[:, None] & (c < width)[None, :])
+    if sums is not None:
+        store_state(sums, bh * (N + 1) + 1 + (N - 1 - n if BACKWARD else n), S, z, F, D)
 
 
 @triton.jit
 def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
                       q_strides, k_strides, v_strides, y_strides, dy_strides, dq_strides,
                       T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
-                      LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                      BD: tl.constexpr, BX: tl.constexpr):
+                      LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """dq and delta of one part, and what it adds to dW_q."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, y = head(v, v_strides, bh, H), head(y, y_strides, bh, H)
     dy, dq = head(dy, dy_strides, bh, H), head(dq, dq_strides, bh, H)
-    W_q, W_k = load_map(w_q, bh, H, LEARNED, BX), load_map(w_k, bh, H, LEARNED, BX)     # [d, d]
-    i, c, f, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BX)
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, X), load_map(w_k, bh, H, LEARNED, X)   # [d, d]
+    i, f = tl.arange(0, C), tl.arange(0, F)
     causal = i[:, None] >= i[None, :]                                       # [C, C]
-    dW_q = tl.zeros((BX, BX) if LEARNED else (1, 1), tl.float32)            # [d, d]
+    dW_q = tl.zeros((X, X) if LEARNED else (1, 1), tl.float32)              # [d, d]
 
     for start in range(n * part, min((n + 1) * part, T), C):
         rows = start + i
         row = bh.to(tl.int64) * T + rows
         S_at = states + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * (D + 1) * F
-        dy_c = load(dy, dy_strides[2], rows, c, T, D)                       # [C, D]
-        q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
-        k_c = load(k, k_strides[2], rows, b, T, X)                          # [C, d]
-        v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
-        S, z = load(S_at, F, c, f, D, F), tl.load(S_at + D * F + f, mask=f < F, other=0.0)
+        dy_c, v_c = load(dy, dy_strides[2], rows, T, D), load(v, v_strides[2], rows, T, D)  # [C, D]
+        q_c, k_c = load(q, q_strides[2], rows, T, X), load(k, k_strides[2], rows, T, X)  # [C, d]
+        S, z = load(S_at, F, tl.arange(0, D), D, F), tl.load(S_at + D * F + f)
         inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
         real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
         phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
 
         # delta_i = dy_i.y_i,  B_ij = dy_i.v_j - delta_i for j <= i
-        y_c = load(y, y_strides[2], rows, c, T, D)                          # [C, D]
+        y_c = load(y, y_strides[2], rows, T, D)                             # [C, D]
         delta_c = tl.sum(dy_c.to(tl.float32) * y_c.to(tl.float32), 1)       # [C]
         tl.store(delta + row, delta_c, mask=rows < T)
         B = dot(dy_c, transposed(v_c, P), P) - delta_c[:, None]             # [C, C]
@@ -470,49 +416,42 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
         phi_q = features(q_c, W_q, real, LEARNED, P)                        # [C, F]
         dphi = dot(B, phi_k, P) + dot(dy_c, S, P)                           # [C, F]
         dphi = (dphi - delta_c[:, None] * z.to(tl.float32)[None, :]) * inv[:, None]
-        # what follows is long and loads nothing: time to fetch the next chunk
-        prefetch(k, k_strides[2], rows + C, T)
-        prefetch(q, q_strides[2], rows + C, T)
-        prefetch(v, v_strides[2], rows + C, T)
-        prefetch(y, y_strides[2], rows + C, T)
-        prefetch(dy, dy_strides[2], rows + C, T)
         dq_c, dW = map_gradient(q_c, W_q, phi_q, dphi, LEARNED, P)
-        store(dq, dq_strides[2], rows, b, T, X, dq_c)
+        store(dq, dq_strides[2], rows, T, dq_c, X)
         dW_q += dW                                                          # [d, d]
     if LEARNED:
-        store(dw + (bh * N + n).to(tl.int64) * X * X, X, b, b, X, X, dW_q)
+        store(dw + (bh * N + n).to(tl.int64) * X * X, X, tl.arange(0, X), X, dW_q, X)
 
 
 @triton.jit
 def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk, dv, dw,
                        q_strides, k_strides, v_strides, dy_strides, dk_strides, dv_strides,
                        segment, T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
-                       LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
-                       BD: tl.constexpr, BX: tl.constexpr):
+                       LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """dk and dv of one part, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates are
-    sums inside the segment; `later`, if not None, is what comes to it from those after it."""
+    sums inside the segment; `later`, if not None, has in slot m what the last m segments add."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, dy = head(v, v_strides, bh, H), head(dy, dy_strides, bh, H)
     dk, dv = head(dk, dk_strides, bh, H), head(dv, dv_strides, bh, H)
-    W_q, W_k = load_map(w_q, bh, H, LEARNED, BX), load_map(w_k, bh, H, LEARNED, BX)     # [d, d]
-    i, c, f, b = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BX)
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, X), load_map(w_k, bh, H, LEARNED, X)   # [d, d]
+    i, c, f = tl.arange(0, C), tl.arange(0, D), tl.arange(0, F)
     causal = i[:, None] <= i[None, :]                                       # [C, C]
-    dW_k = tl.zeros((BX, BX) if LEARNED else (1, 1), tl.float32)            # [d, d]
+    dW_k = tl.zeros((X, X) if LEARNED else (1, 1), tl.float32)              # [d, d]
 
     for start in range(n * part, min((n + 1) * part, T), C):
         rows = start + i
         row = bh.to(tl.int64) * T + rows
         dS_at = dstates + (bh.to(tl.int64) * tl.cdiv(T, C) + start // C) * (D + 1) * F
-        q_c = load(q, q_strides[2], rows, b, T, X)                          # [C, d]
-        k_c = load(k, k_strides[2], rows, b, T, X)                          # [C, d]
-        v_c = load(v, v_strides[2], rows, c, T, D)                          # [C, D]
-        dy_c = load(dy, dy_strides[2], rows, c, T, D)                       # [C, D]
-        dS, dz = load(dS_at, F, c, f, D, F), tl.load(dS_at + D * F + f, mask=f < F, other=0.0)
+        q_c, k_c = load(q, q_strides[2], rows, T, X), load(k, k_strides[2], rows, T, X)  # [C, d]
+        v_c, dy_c = load(v, v_strides[2], rows, T, D), load(dy, dy_strides[2], rows, T, D)  # [C, D]
+        dS, dz = load(dS_at, F, c, D, F), tl.load(dS_at + D * F + f)
         if later is not None:
-            at = later + (bh * tl.cdiv(T, segment) + n * part // segment).to(tl.int64) * (D + 1) * F
-            dS += load(at, F, c, f, D, F)                                   # [D, F]
-            dz += tl.load(at + D * F + f, mask=f < F, other=0.0)            # [F]
+            segments = tl.cdiv(T, segment)
+            slot = bh * (segments + 1) + segments - 1 - start // segment
+            at = later + slot.to(tl.int64) * (D + 1) * F
+            dS += load(at, F, c, D, F)                                      # [D, F]
+            dz += tl.load(at + D * F + f)                                   # [F]
         inv = tl.load(inv_den + row, mask=rows < T, other=0.0)              # [C]
         delta_c = tl.load(delta + row, mask=rows < T, other=0.0)            # [C]
         real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
@@ -524,427 +463,256 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
         B = tl.where(causal, B, 0.0)
         dphi = dot(B, a, P) + dot(v_c, dS, P) + dz.to(tl.float32)[None, :]  # [C, F]
         dk_c, dW = map_gradient(k_c, W_k, phi_k, dphi, LEARNED, P)
-        store(dk, dk_strides[2], rows, b, T, X, dk_c)
+        store(dk, dk_strides[2], rows, T, dk_c, X)
         dW_k += dW                                                          # [d, d]
 
         # dv_j = sum_i (phi(k_j).a_i) dy_i + dS^T phi(k_j)
         A = tl.where(causal, dot(phi_k, transposed(a, P), P), 0.0)          # [C, C]
         dv_c = dot(A, dy_c, P) + dot(phi_k, transposed(dS, P), P)           # [C, D]
-        store(dv, dv_strides[2], rows, c, T, D, dv_c)
+        store(dv, dv_strides[2], rows, T, dv_c, D)
     if LEARNED:
-        store(dw + (bh * N + n).to(tl.int64) * X * X, X, b, b, X, X, dW_k)
+        store(dw + (bh * N + n).to(tl.int64) * X * X, X, tl.arange(0, X), X, dW_k, X)
 
 
-# Chunk length, warps and pipeline stages by kernel, for bf16 and heads up to 64: on an H200 the
-# fastest of 4 or 8 warps and 1 to 3 stages, and on an earlier form of C in {32, 64, 128}, which is
-# one for all, as states are per chunk. Wider heads and other dtypes: the largest that fit into the
-# shared memory.
-TILES = {forward_kernel: (64, 4, 2), states_kernel: (64, 4, 3), backward_q_kernel: (64, 4, 1),
-         backward_kv_kernel: (64, 4, 1)}
-WIDE_TILE, OTHER_TILE = (64, 8, 1), (32, 8, 1)
+# --- launching them -------------------------------------------------------------------------------
 
-# Programs that run at once: two on each of the 132 SMs of an H100 or H200. Measured on an H200, in
-# ms, forward and both: at T = 4,096, which is 192 heads, 0.30 and 1.49 with one segment each, 0.38
-# and 1.58 with four; at T = 65,536, 12 heads, 0.36 and 1.50 with 22 segments, one full round, 0.44
-# and 1.69 with 33, which need one and a half.
-SLOTS = 264
+PROGRAMS = 264      # that run at once: two on each of the 132 multiprocessors of an H100 or H200
+SEGMENT = 256       # tokens of the shortest segment
+PART = 1024         # tokens of one program of the gradient kernels
 
 
-def pieces(programs):
-    """How many pieces to cut each program's work into: what fills the rounds of SLOTS best, up to
-    four of them, and of choices that are alike to a tenth the fewest pieces."""
-    def full(n):
-        return round(n * programs / (-(-n * programs // SLOTS) * SLOTS), 1)
+def kernels_take(q, v, w_q, causal=True, key_mask=None):
+    """Whether fused_attention serves: the one place where kernels or PyTorch are chosen.
 
-    return max((max(1, rounds * SLOTS // programs) for rounds in (1, 2, 3, 4)), key=full)
-
-
-def power_of_two(n):
-    """The next one, and 16 at least: no dot takes fewer."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-class Problem:
-    """The sizes of one call, and how to launch a kernel on it."""
-
-    def __init__(self, q, v, w_q, chunk, segment):
-        self.B, self.H, self.T, self.D = v.shape
-        self.v, self.X, self.learned, self.chunk = v, q.shape[-1], w_q is not None, chunk
-        self.F = 2 * self.X if self.learned else self.X
-        # of states that are only operands of dots
-        self.operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-        # Segments cost a pass over k and v: none where half of the slots are filled without. The
-        # gradients of chunks are independent: parts cost no more than one sum for dW each
-        heads = self.B * self.H
-        N, parts = (1, pieces(heads)) if 2 * heads > SLOTS else (pieces(heads), 1)
-        self.part = segment or max(256, -(-self.T // (N * parts * 64)) * 64)
-        self.segment = segment or self.part * parts
-        self.N = -(-self.T // self.segment)
-        assert self.segment % self.tile(forward_kernel)[0] == 0, "a segment is whole chunks"
-
-    def tile(self, kernel):
-        C, warps, stages = OTHER_TILE if self.v.dtype != torch.bfloat16 else \
-            TILES[kernel] if self.F <= 128 and self.D <= 64 else WIDE_TILE
-        return self.chunk or C, warps, stages
-
-    def state(self, *between, dtype=torch.float32):
-        """An empty state, or one for each n in `between`: (B, H, *between, D + 1, F)."""
-        return self.v.new_empty(self.B, self.H, *between, self.D + 1, self.F, dtype=dtype)
-
-    def heads(self, dim):
-        """Empty (B, H, T, dim), in memory (B, T, H, dim): what a projection reads as a view."""
-        return self.v.new_empty(self.B, self.T, self.H, dim).transpose(1, 2)
-
-    def empty_forward(self):
-        """y, 1 / den, the last state, and the states before segments if there are several."""
-        inv_den = self.v.new_empty(self.v.shape[:3], dtype=torch.float32)
-        return [self.heads(self.D), inv_den, self.state(),
-                self.state(self.N) if self.N > 1 else self.v.new_empty(0, dtype=torch.float32)]
-
-    def empty_backward(self, w, given):
-        """The gradients of q, k, v, of both w, and of the first state."""
-        return [self.heads(self.X), self.heads(self.X), self.heads(self.D),
-                self.v.new_empty(0) if w is None else w.new_empty(2, *w.shape),
-                self.state() if given else self.v.new_empty(0, dtype=torch.float32)]
-
-    def launch(self, kernel, length, *args, **switches):
-        """A program for each head and each `length` tokens. Pointers come first, then the strides
-        of those that are (B, H, T, ..) tensors, then sizes."""
-        C, num_warps, num_stages = self.tile(kernel)
-        kernel[(self.B * self.H, -(-self.T // length))](
-            *args, self.T, self.H, length, F=self.F, D=self.D, X=self.X,
-            LEARNED=self.learned, C=C, num_warps=num_warps, num_stages=num_stages,
-            P={torch.bfloat16: "bf16", torch.float16: "tf32"}.get(self.v.dtype, "ieee"),
-            BF=power_of_two(self.F), BD=power_of_two(self.D), BX=power_of_two(self.X), **switches)
-
-    def prefix(self, own, initial, dtype, backward):
-        """The state at each segment, from what each adds; BACKWARD, from those after it."""
-        before, width = self.state(self.N, dtype=dtype), self.F * (self.D + 1)
-        BN = power_of_two(self.N)
-        BLOCK = max(16, 4096 // BN)
-        prefix_kernel[(self.B * self.H, -(-width // BLOCK))](
-            own, before, initial, self.N, width, BACKWARD=backward, BN=BN, BLOCK=BLOCK)
-        return before
-
-
-# Two functions that launch the kernels, and an operator of each, which torch.compile, autograd and
-# autocast see as one step. An optional tensor that is not there is None on the way in and has no
-# elements on the way out.
-Tensor, Maybe = torch.Tensor, torch.Tensor | None
-
-
-def row_contiguous(*tensors):
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def run_forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe, chunk: int,
-                segment: int) -> list[Tensor]:
-    q, k, v = row_contiguous(q, k, v)
-    problem = Problem(q, v, w_q, chunk, segment)
-    y, inv_den, end, before = problem.empty_forward()
-    with torch.cuda.device_of(v):
-        if problem.N > 1:
-            own = problem.state(problem.N)
-            problem.launch(states_kernel, problem.segment, k, v, w_k, None, None, None, None, own,
-                           k.stride(), v.stride(), BACKWARD=False)
-            before = state = problem.prefix(own, state, torch.float32, backward=False)
-        problem.launch(forward_kernel, problem.segment, q, k, v, w_q, w_k, y, inv_den, state, end,
-                       q.stride(), k.stride(), v.stride(), y.stride(), EPS=EPS)
-    return [y, inv_den, end, before]
-
-
-def run_backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Maybe, y: Tensor,
-                 inv_den: Tensor, dy: Tensor, dstate: Maybe, given: bool, chunk: int,
-                 segment: int) -> list[Tensor]:
-    """`given`: there was a first state, and it gets a gradient."""
-    q, k, v, dy = row_contiguous(q, k, v, dy)
-    problem = Problem(q, v, w_q, chunk, segment)
-    dq, dk, dv, dw, dstate_0 = problem.empty_backward(w_q, given)
-    delta, X = torch.empty_like(inv_den), problem.X
-    own = problem.state(problem.N) if given or problem.N > 1 else None
-    dw_parts = None, None       # what each program adds to the gradients of w_q and w_k
-    if w_q is not None:
-        dw_parts = v.new_empty(2, problem.B, problem.H, -(-problem.T // problem.part), X, X,
-                               dtype=torch.float32)
-    with torch.cuda.device_of(v):
-        states = problem.state(-(-problem.T // problem.tile(states_kernel)[0]),
-                               dtype=problem.operand)
-        problem.launch(states_kernel, problem.segment, k, v, w_k, None, None, before, states, None,
-                       k.stride(), v.stride(), BACKWARD=False)
-        problem.launch(backward_q_kernel, problem.part, q, k, v, w_q, w_k, y, dy, inv_den, delta,
-                       states, dq, dw_parts[0], q.stride(), k.stride(), v.stride(), y.stride(),
-                       dy.stride(), dq.stride())
-        # the same memory again, for dS inside each segment; the segments after it are added later
-        problem.launch(states_kernel, problem.segment, q, dy, w_q, inv_den, delta, None, states,
-                       own, q.stride(), dy.stride(), BACKWARD=True)
-        later = dstate
-        if problem.N > 1:
-            later = problem.prefix(own, dstate, problem.operand, backward=True)
-        elif dstate is not None:
-            later = dstate.to(problem.operand)
-        problem.launch(backward_kv_kernel, problem.part, q, k, v, w_q, w_k, dy, inv_den, delta,
-                       states, later, dk, dv, dw_parts[1], q.stride(), k.stride(), v.stride(),
-                       dy.stride(), dk.stride(), dv.stride(), problem.segment)
-        if given:
-            dstate_0.copy_(own[:, :, 0])
-            if later is not None:
-                dstate_0 += later.view_as(own)[:, :, 0]
-        if w_q is not None:     # the same sum in the same order every time: no atomics
-            dw.copy_(dw_parts.sum((1, 3)))
-    return [dq, dk, dv, dw, dstate_0]
-
-
-fused = torch.library.custom_op("hedgehog::linear_attention", run_forward, mutates_args=())
-fused_backward = torch.library.custom_op("hedgehog::linear_attention_backward", run_backward,
-                                         mutates_args=())
-
-
-@fused.register_fake
-def _(q, k, v, w_q, w_k, state, chunk, segment):
-    return Problem(q, v, w_q, chunk, segment).empty_forward()
-
-
-@fused_backward.register_fake
-def _(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, given, chunk, segment):
-    return Problem(q, v, w_q, chunk, segment).empty_backward(w_q, given)
-
-
-def save_for_backward(ctx, inputs, output):
-    q, k, v, w_q, w_k, state, ctx.chunk, ctx.segment = inputs
-    y, inv_den, _, before = output
-    ctx.given = state is not None
-    ctx.save_for_backward(q, k, v, w_q, w_k, before if before.numel() else state, y, inv_den)
-    ctx.set_materialize_grads(False)        # if nobody used the last state, None and not zeros
-
-
-def backward(ctx, grads, run=fused_backward):
-    q, k, v, w_q, w_k, before, y, inv_den = ctx.saved_tensors
-    dy, _, dstate, _ = grads
-    dy = torch.zeros_like(y) if dy is None else dy
-    dstate = None if dstate is None else dstate.contiguous()
-    dq, dk, dv, dw, dstate_0 = run(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate, ctx.given,
-                                   ctx.chunk, ctx.segment)
-    dw_q, dw_k = (None, None) if w_q is None else dw
-    return dq, dk, dv, dw_q, dw_k, dstate_0 if ctx.given else None, None, None
-
-
-fused.register_autograd(backward, setup_context=save_for_backward)
-
-
-class Eager(torch.autograd.Function):
-    """The operator without torch.library, whose bookkeeping doubles a forward call's CPU time."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = run_forward(*inputs)
-        save_for_backward(ctx, inputs, output)
-        return tuple(output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return backward(ctx, grads, run_backward)
+    Tiles have sides that are powers of two, and need the shared memory of data-centre GPUs since
+    Hopper. One token is quicker by recurrent_step.
+    """
+    X, D = q.size(-1), v.size(-1)
+    F_max, D_max = (256, 128) if v.dtype == torch.bfloat16 else (128, 64)
+    return (v.is_cuda and hasattr(triton, "compile") and large_tiles_fit()
+            and causal and key_mask is None and v.size(2) > 1
+            and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max
+            and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X))
 
 
 @torch.compiler.assume_constant_result
 def large_tiles_fit():
-    """TILES need the shared memory of data-centre GPUs since Hopper, 227 KiB an SM."""
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-def kernels_take(q, v, w_q, chunk):
-    """The one place where the kernels or PyTorch are chosen. On a CPU only tests and the tutorial
-    ask for kernels, by giving a chunk length, and Triton's interpreter runs them."""
-    runs = large_tiles_fit() if v.is_cuda else (
-        chunk is not None and os.environ.get("TRITON_INTERPRET") == "1")
-    d, D = q.shape[-1], v.shape[-1]
-    F_max, D_max = {torch.bfloat16: (256, 128), torch.float16: (128, 64),
-                    torch.float32: (128, 64)}.get(v.dtype, (0, 0))
-    fits = D <= D_max and (d <= F_max if w_q is None else
-                           2 * d <= F_max and d == power_of_two(d))   # a softmax has no padding
-    return hasattr(triton, "compile") and runs and fits
+def constants(kernel, q, v, w_q):
+    """What is fixed when `kernel` is compiled for these tensors: sizes, precision, and the tile.
+
+    A tile is the chunk length, the warps (32 threads each) and the pipeline stages, rounds of the
+    loop whose loads are under way at once: the fastest on an H200, for large tiles what fits.
+    """
+    X, D = q.size(-1), v.size(-1)
+    F = X if w_q is None else 2 * X
+    C, warps, stages = 64, 4, {forward_kernel: 2, states_kernel: 3}.get(kernel, 1)
+    if v.dtype != torch.bfloat16:
+        C, warps, stages = 32, 8, 1
+    elif F > 128 or D > 64:
+        C, warps, stages = 64, 8, 1
+    P = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(v.dtype, "ieee")
+    if INTERPRETED.value:
+        P = "ieee"          # Triton's interpreter would multiply the bits of bf16 as integers
+    return dict(F=F, D=D, X=X, LEARNED=w_q is not None, P=P, C=C, num_warps=warps,
+                num_stages=stages)
 
 
-def attend(q, k, v, w_q, w_k, state, chunk, segment):
-    if torch.is_autocast_enabled(v.device.type):
-        dtype = torch.get_autocast_dtype(v.device.type)
-        q, k, v, w_q, w_k = (None if x is None else x.to(dtype) for x in (q, k, v, w_q, w_k))
-    if not kernels_take(q, v, w_q, chunk):
+def segment_length(B, H, T):
+    """The whole sequence where heads alone fill half of the GPU. Else as many segments as make one
+    round of PROGRAMS, or two if that left a tenth of it idle. A multiple of every C."""
+    heads = B * H
+    N = 1 if 2 * heads > PROGRAMS else PROGRAMS // heads
+    if N > 1 and N * heads < 0.9 * PROGRAMS:
+        N = 2 * PROGRAMS // heads
+    return max(SEGMENT, -(-T // (64 * N)) * 64)
+
+
+# Two functions that launch the kernels, each an operator: torch.compile and autograd see it as one
+# step. An optional tensor is None on the way in and has no elements on the way out.
+Tensor, Maybe = torch.Tensor, torch.Tensor | None
+
+
+def forward_outputs(q, k, v, w_q, w_k, state):
+    """Empty y, 1 / den, the last state, and the states before segments, if there are any."""
+    (B, H, T, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
+    N = -(-T // segment_length(B, H, T))
+    before = (0,) if N == 1 and state is None else (B, H, N + 1, D + 1, F)
+    return [torch.empty_like(v), *(v.new_empty(shape, dtype=torch.float32) for shape in (
+        (B, H, T), (B, H, D + 1, F), before))]
+
+
+@torch.library.custom_op("hedgehog::attention", mutates_args=())
+def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe) -> list[Tensor]:
+    B, H, T, D = v.shape
+    segment = segment_length(B, H, T)
+    grid = B * H, -(-T // segment)
+    y, inv_den, end, before = forward_outputs(q, k, v, w_q, w_k, state)
+    with torch.cuda.device_of(v):
+        before.zero_()
+        if state is not None:
+            before[:, :, 0] = state
+        if grid[1] > 1:
+            states_kernel[grid](k, v, w_k, None, None, None, None, before, k.stride(), v.stride(),
+                                T, H, segment, BACKWARD=False,
+                                **constants(states_kernel, q, v, w_q))
+            before.cumsum_(2)
+        forward_kernel[grid](q, k, v, w_q, w_k, y, inv_den, before if before.numel() else None, end,
+                             q.stride(), k.stride(), v.stride(), y.stride(), T, H, segment, EPS=EPS,
+                             **constants(forward_kernel, q, v, w_q))
+    return [y, inv_den, end, before]
+
+
+def backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate):
+    """Empty gradients of q, k, v, w_q, w_k and of the first state."""
+    (B, H, T, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
+    return [*(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, w_q, w_k)),
+            inv_den.new_empty((B, H, D + 1, F) if before.numel() else 0)]
+
+
+@torch.library.custom_op("hedgehog::attention_backward", mutates_args=())
+def backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Tensor, y: Tensor,
+             inv_den: Tensor, dy: Tensor, dstate: Maybe) -> list[Tensor]:
+    (B, H, T, D), X = v.shape, q.size(-1)
+    outputs = backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate)
+    dq, dk, dv, dw_q, dw_k, dfirst = outputs
+    const = constants(states_kernel, q, v, w_q)
+    segment, F = segment_length(B, H, T), const["F"]
+    grid, parts = (B * H, -(-T // segment)), (B * H, -(-T // PART))
+    # The state of every chunk, only an operand of dots and in their precision.
+    states = v.new_empty(B, H, -(-T // const["C"]), D + 1, F, dtype=torch.bfloat16
+                         if const["P"] == "bf16" else torch.float32)
+    delta, later = torch.empty_like(inv_den), None
+    if before.numel() or dstate is not None:
+        later = inv_den.new_empty(B, H, grid[1] + 1, D + 1, F)
+        later[:, :, 0] = 0 if dstate is None else dstate
+    # What each program adds to the gradients of w_q and w_k, to be summed in a fixed order.
+    dw_parts = (None, None) if w_q is None else inv_den.new_empty(2, B, H, parts[1], X, X)
+    with torch.cuda.device_of(v):
+        states_kernel[grid](k, v, w_k, None, None, before if before.numel() else None, states, None,
+                            k.stride(), v.stride(), T, H, segment, BACKWARD=False, **const)
+        backward_q_kernel[parts](q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw_parts[0],
+                                 q.stride(), k.stride(), v.stride(), y.stride(), dy.stride(),
+                                 dq.stride(), T, H, PART, **constants(backward_q_kernel, q, v, w_q))
+        # The same memory again, for dS inside each segment; those of later segments come on top.
+        states_kernel[grid](q, dy, w_q, inv_den, delta, None, states, later, q.stride(),
+                            dy.stride(), T, H, segment, BACKWARD=True, **const)
+        if later is not None:
+            later.cumsum_(2)
+            later_operand = later.to(states.dtype)
+        backward_kv_kernel[parts](q, k, v, w_q, w_k, dy, inv_den, delta, states,
+                                  None if later is None else later_operand, dk, dv, dw_parts[1],
+                                  q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(),
+                                  dv.stride(), segment, T, H, PART,
+                                  **constants(backward_kv_kernel, q, v, w_q))
+        if before.numel():
+            dfirst.copy_(later[:, :, -1])
         if w_q is not None:
-            q, k = hedgehog_features(q, w_q), hedgehog_features(k, w_k)
-        return chunked_linear_attention(q, k, v, state=state)
-    if state is not None:
-        state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
+            dw_q.copy_(dw_parts[0].sum((0, 2)))
+            dw_k.copy_(dw_parts[1].sum((0, 2)))
+    return outputs
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, w_q, w_k, state = inputs
+    y, inv_den, _, before = output
+    ctx.has_state = state is not None
+    ctx.save_for_backward(q, k, v, w_q, w_k, before, y, inv_den)
+    ctx.set_materialize_grads(False)        # if nobody used the last state, None and not zeros
+
+
+def gradients(ctx, grads):
+    q, k, v, w_q, w_k, before, y, inv_den = ctx.saved_tensors
+    dy, _, dstate, _ = grads
+    dy = torch.zeros_like(y) if dy is None else rows_contiguous(dy)
+    dq, dk, dv, dw_q, dw_k, dfirst = backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate)
+    return (dq, dk, dv, *((None, None) if w_q is None else (dw_q, dw_k)),
+            dfirst if ctx.has_state else None)
+
+
+forward.register_fake(forward_outputs)
+backward.register_fake(backward_outputs)
+forward.register_autograd(gradients, setup_context=save_for_backward)
+
+
+def rows_contiguous(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
+    """Causal linear attention by the kernels, for what kernels_take says.
+
+    q, k (B, H, T, d) with any strides and Hedgehog's w_q, w_k (H, d, d), or without these features
+    (B, H, T, F). Returns y and the state (S, z) after the last token; gradients flow to all inputs,
+    through the states too.
+    """
+    if torch.is_autocast_enabled(v.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(v.device.type)) for x in (q, k, v))
     if w_q is not None:
         w_q, w_k = w_q.contiguous(), w_k.contiguous()
-    run = fused if torch.compiler.is_compiling() else Eager.apply
-    y, _, end, _ = run(q, k, v, w_q, w_k, state, chunk or 0, segment or 0)
+    if state is not None:
+        state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
+    y, _, end, _ = forward(*(rows_contiguous(x) for x in (q, k, v)), w_q, w_k, state)
     return y, (end[..., :-1, :].mT, end[..., -1, :])
 
 
-def hedgehog_attention(q, k, v, w_q, w_k, state=None, chunk=None, segment=None):
-    """Causal Hedgehog attention: map, product and denominator in one. q, k, v (B, H, T, d) with
-    any strides, w_q, w_k (H, d, d). Returns y and the (S, z) after the last token; gradients flow
-    to all inputs, also through the states. `chunk` and `segment` are for tests."""
-    return attend(q, k, v, w_q, w_k, state, chunk, segment)
+# --- are they right, and how fast? ----------------------------------------------------------------
 
 
-def linear_attention(phi_q, phi_k, v, state=None, chunk=None, segment=None):
-    """The same for given features phi_q, phi_k (B, H, T, F)."""
-    return attend(phi_q, phi_k, v, None, None, state, chunk, segment)
+def random_inputs(B, T, H, d, device, dtype):
+    xs = [torch.randn(B, T, H, d, device=device).transpose(1, 2) for _ in range(3)]
+    xs += [torch.randn(H, d, d, device=device) / d**0.5 for _ in range(2)]
+    return [x.to(dtype).requires_grad_() for x in xs]
 
-
-# What follows runs with `python kernel.py`: are the kernels right, and how fast are they?
 
 def check(device, dtype):
-    """Errors of y and the five gradients against the definition in float64, and next to each the
-    error of the definition itself at this precision."""
+    """Prints the kernels' errors of y and the five gradients against the definition in float64, and
+    in brackets those of the definition itself at this precision. False if one is too large."""
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 333, 3, 64, device=device, dtype=dtype).transpose(1, 2)
-              for _ in range(3)]
-    inputs += [torch.randn(3, 64, 64, device=device).div(8).to(dtype) for _ in range(2)]
-    dy = torch.randn(2, 3, 333, 64, device=device, dtype=dtype)
+    inputs, right = random_inputs(2, 333, 3, 64, device, dtype), True
 
-    def naive(q, k, v, w_q, w_k):
-        return naive_linear_attention(hedgehog_features(q, w_q), hedgehog_features(k, w_k), v)
+    def definition(q, k, v, w_q, w_k):
+        phi_q, phi_k = (torch.cat([(x @ w).softmax(-1), (-x @ w).softmax(-1)], dim=-1)
+                        for x, w in ((q, w_q), (k, w_k)))
+        return naive_linear_attention(phi_q, phi_k, v)
 
     def results(function, dtype):
-        xs = [x.to(dtype).requires_grad_() for x in inputs]
+        xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
         y = function(*xs)
-        return [x.double() for x in (y.detach(), *torch.autograd.grad(y, xs, dy.to(dtype)))]
+        dy = torch.linspace(0, 99, y.numel(), device=device).view(y.shape).sin().to(dtype)
+        return y, *torch.autograd.grad(y, xs, dy)
 
-    print(f"relative error in {dtype} (that of the definition):", end="")
-    for name, x, plain, exact in zip(("y", "dq", "dk", "dv", "dW_q", "dW_k"),
-                                     results(lambda *xs: hedgehog_attention(*xs)[0], dtype),
-                                     results(naive, dtype), results(naive, torch.float64)):
-        ours, theirs = ((a - exact).norm() / exact.norm() for a in (x, plain))
+    print(f"relative error in {dtype} (the definition's):", end="")
+    for name, x, plain, exact in zip(("y", "dq", "dk", "dv", "dW_q", "dW_k"), results(
+            lambda *xs: fused_attention(*xs)[0], dtype), results(definition, dtype),
+            results(definition, torch.float64)):
+        ours, theirs = ((a.double() - exact).norm() / exact.norm() for a in (x, plain))
+        right = right and bool(ours <= 3 * theirs + 1e-6)       # False for NaN, too
         print(f"  {name} {ours:.1e} ({theirs:.1e})", end="")
-        assert ours <= 3 * theirs + 1e-6, f"{name} is wrong"
-    print()
+    print("" if right else "  WRONG")
+    return right
 
 
-def contenders():
-    """What is compared: name -> function of q, k, v, w_q, w_k."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def softmax(backend, q, k, v):
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def chunked(q, k, v, w_q, w_k):
-        return chunked_linear_attention(hedgehog_features(q, w_q), hedgehog_features(k, w_k), v)[0]
-
-    functions = {
-        "kernel": lambda *xs: hedgehog_attention(*xs)[0],
-        "flash": lambda q, k, v, *_: softmax(SDPBackend.FLASH_ATTENTION, q, k, v),
-        "cuDNN": lambda q, k, v, *_: softmax(SDPBackend.CUDNN_ATTENTION, q, k, v),
-        "chunked": chunked,
-    }
-    try:
-        from fla.ops.linear_attn import chunk_linear_attn
-    except ImportError:
-        print("flash-linear-attention is not installed: without it")
-        return functions
-
-    def fla(features, q, k, v, w_q, w_k):   # (B, T, H, ..) there; tunes itself for minutes at first
-        q, k = (features(x, w).transpose(1, 2) for x, w in ((q, w_q), (k, w_k)))
-        return chunk_linear_attn(q, k, v.transpose(1, 2), normalize=True)[0].transpose(1, 2)
-
-    compiled = torch.compile(hedgehog_features, dynamic=True)
-    return functions | {"fla": lambda *xs: fla(hedgehog_features, *xs),
-                        "fla, map compiled": lambda *xs: fla(compiled, *xs)}
-
-
-def measure(function, T, tokens, H, d, dtype):
-    """Medians, ms: forward, forward + backward. And the MiB these allocate at their peak beyond
-    the output and the gradients."""
-    inputs = [torch.randn(max(1, tokens // T), T, H, d, device="cuda", dtype=dtype).transpose(1, 2)
-              for _ in range(3)]
-    inputs += [torch.randn(H, d, d, device="cuda").div(d**0.5).to(dtype) for _ in range(2)]
-    inputs, dy = [x.requires_grad_() for x in inputs], torch.randn_like(inputs[0])
-
-    def both():
-        return torch.autograd.grad(function(*inputs), inputs, dy, allow_unused=True)
-
-    with torch.no_grad():
-        forward = triton.testing.do_bench(lambda: function(*inputs), return_mode="median")
-    total = triton.testing.do_bench(both, return_mode="median")
-    torch.cuda.reset_peak_memory_stats()
-    results = torch.cuda.memory_allocated() + 4 * dy.nbytes
-    both()
-    return forward, total, (torch.cuda.max_memory_allocated() - results) / 2**20
-
-
-def benchmark(lengths, tokens=65536, H=12, d=64, dtype=torch.bfloat16):
-    """The same number of tokens as ever fewer and longer sequences; a column for each length."""
-    x = torch.empty(2**30, device="cuda", dtype=dtype)
-    bandwidth = 2 * x.nbytes / triton.testing.do_bench(lambda: x.clone(), return_mode="median")
-    del x
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__},"
-          f" {datetime.date.today()}; a copy moves {bandwidth / 1e9:.2f} TB/s\n"
-          f"{tokens} tokens, {H} heads of {d}, {dtype}\n{'T':40}"
-          + "".join(f"{T:9}" for T in lengths))
-
-    def show(label, numbers, digits):
-        print(f"{label:40}" + "".join(f"{x:9.{digits}f}" for x in numbers), flush=True)
-
-    table = {}
-    for name, function in contenders().items():
-        table[name] = [measure(function, T, tokens, H, d, dtype) for T in lengths]
-        for i, what in enumerate(("forward, ms", "forward + backward, ms", "extra memory, MiB")):
-            show(f"{name}: {what}", [row[i] for row in table[name]], 0 if i == 2 else 3)
-    # q, k, v in and y out; backward these in again and dy, and three gradients out: 4 + 8 tensors
-    size = tokens * H * d * dtype.itemsize
-    for i, (what, tensors) in enumerate((("forward", 4), ("forward + backward", 12))):
-        softmax = [min(a[i], b[i]) for a, b in zip(table["flash"], table["cuDNN"])]
-        ours = [row[i] for row in table["kernel"]]
-        show(f"softmax / kernel: {what}", [a / b for a, b in zip(softmax, ours)], 2)
-        show(f"share of bandwidth: {what}", [tensors * size / bandwidth / b for b in ours], 2)
-    return table
-
-
-def plot(table, lengths, path):
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print(f"{path} needs matplotlib: pip install matplotlib")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for i, (axis, title) in enumerate(zip(axes, ("forward", "forward + backward"))):
-        for name, rows in table.items():
-            axis.loglog(lengths, [row[i] for row in rows], "o-", label=name)
-        axis.set(title=title, xlabel="sequence length", ylabel="ms")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"wrote {path}")
-
-
-def compare_on_cpu():
-    print("no GPU: naive against chunked, ms forward, 1 sequence, 4 heads of 64, float32")
-    for T in (512, 1024, 2048, 4096):
-        phi_q, phi_k = torch.rand(2, 1, 4, T, 128).unbind()
-        v, ms = torch.randn(1, 4, T, 64), []
-        for function in (naive_linear_attention, chunked_linear_attention):
-            function(phi_q, phi_k, v)
-            start = time.perf_counter()
-            for _ in range(3):
-                function(phi_q, phi_k, v)
-            ms.append((time.perf_counter() - start) / 3 * 1e3)
-        print(f"  T = {T:4}: {ms[0]:7.1f} and {ms[1]:6.1f}")
+def main():
+    if not hasattr(triton, "compile"):
+        return "triton is not installed: there are no kernels to check"
+    if not torch.cuda.is_available():
+        print("no GPU: the kernels run in Triton's interpreter")
+        return int(not check("cpu", torch.float32))
+    if not large_tiles_fit():
+        return f"the kernels are not for {torch.cuda.get_device_name()}: PyTorch runs instead"
+    right = [check("cuda", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    print("ms, forward and forward + backward; tests/bench_kernel.py has rivals and memory, too")
+    for T in (1024, 4096, 65536):
+        xs = random_inputs(65536 // T, T, 12, 64, "cuda", torch.bfloat16)
+        ms = [triton.testing.do_bench(function, return_mode="median") for function in (
+            lambda: fused_attention(*xs), lambda: fused_attention(*xs)[0].sum().backward())]
+        print(f"{65536 // T:3} x {T:6,} tokens, 12 heads of 64, bf16: {ms[0]:.3f} {ms[1]:.3f}")
+    return int(not all(right))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="check the kernels, then time them")
-    parser.add_argument("--plot", metavar="PATH", help="draw the table, e.g. figures/kernel.png")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(9, 17)])
-    args = parser.parse_args()
-    if torch.cuda.is_available():
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            check("cuda", dtype)
-        table = benchmark(args.lengths)
-        if args.plot:
-            plot(table, args.lengths, args.plot)
-    else:
-        check("cpu", torch.float32)
-        compare_on_cpu()
+    sys.exit(main())

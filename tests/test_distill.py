@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +11,15 @@ import torch
 
 import distill
 import train_lm
-from distill import (LowRank, add_lora, attention_layers, glue, listops, listops_value, matthews,
-                     merge_lora, mimicry_loss, model_with, watching)
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, attention_cross_entropy, attention_kl, entropy,
-                      monotonicity, softmax_attention_weights)
+from distill import (LowRank, add_lora, glue, listops, listops_value, matthews, merge_lora,
+                     mimicry_loss, model_with)
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, SoftmaxAttention, attention_cross_entropy,
+                      attention_kl, entropy, monotonicity, softmax_attention_weights)
 from kernel import linear_attention_weights
 
 B, H, T, D = 2, 2, 9, 4
 TINY = ("--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-size 8 --micro-batch 8 "
-        "--steps 150 --eval-every 150 --sample-tokens 5 --lr 3e-3").split()
+        "--steps 150 --eval-every 150 --sample-tokens 5 --position learned").split()
 SHORT = "--micro-batch 4 --distill-steps 3 --steps 3".split()
 
 
@@ -162,74 +161,105 @@ def test_loss_is_the_kl_whatever_the_block(causal, mask):
 
 
 def test_gradients_of_exponentials_stay_finite():
-    """The feature e^-100 of the query meets e^55 of the key: its gradient exceeds fp32."""
+    """The feature e^-100 of the query meets e^55 of a key: its gradient exceeds fp32."""
     m = FEATURE_MAPS["hedgehog_exp"](GPTConfig(n_embd=2, n_head=1))
-    q, k = (torch.tensor([[[[x, 0.0]]]]) for x in (50, -55))
+    q, k = (torch.tensor([[[[x, 0.0], [y, 0.0]]]]) for x, y in ((50, 50), (-55, -54)))
     for g in torch.autograd.grad(distill.mimicry_loss(m, q, k, None), list(m.parameters())):
         assert g.isfinite().all() and g.any()
 
 
-def test_a_model_with_maps_standing_by_is_the_teacher():
-    model = teacher()
-    other = student(model)
-    idx = torch.randint(0, 40, (2, 12))
-    with watching(attention_layers(other), None, linear=False):
-        assert torch.equal(other(idx)[0], model(idx)[0])
-    assert not torch.allclose(other(idx)[0], model(idx)[0], atol=1e-3)
+def options(**more):
+    return distill.Options(**dict(dict(device="cpu", precision="fp32", compile=False, batch_size=4,
+                                       micro_batch=4, distill_steps=5, distill_lr=1e-2, lora=2,
+                                       lora_alpha=8.0), **more))
 
 
-def run_distill(model, attentions=None, steps=5):
-    torch.manual_seed(2)
-    batches = [(torch.randint(0, 40, (4, 12)), None) for _ in range(steps)]
-    with distill.tqdm(disable=True) as bar:
-        return distill.distill(attentions or attention_layers(model), lambda b: model(*b),
-                               lambda step: [(batches[step], 1.0)], steps, 1e-2, bar)[1]
+def text(size=200):
+    rng = np.random.default_rng(2)
+    splits = {split: rng.integers(0, 40, size).astype(np.uint8) for split in ("train", "valid")}
+    return train_lm.Text("random", "bytes", 256, splits, {}, 12)
+
+
+def run_distill(model, mixes=None, task=None, **more):
+    """Stage 1 of a student whose layers run softmax; returns the losses."""
+    layers = model.attention_layers()
+    mixes = mixes or [layer.mix for layer in layers]
+    distill.put([SoftmaxAttention() for _ in layers], layers)
+    losses = distill.distill(model, mixes, task or text(), options(**more))
+    distill.put(mixes, layers)
+    return losses
 
 
 def test_only_maps_move_and_the_loss_falls():
     model = student(teacher())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    losses = run_distill(model, steps=30)
+    losses = run_distill(model, distill_steps=30)
     assert losses[-1] < losses[0]
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == ("feature_map" not in name), name
         assert p.grad is None or "feature_map" in name
 
 
-def test_stage_1_runs_the_teacher():
-    model = teacher()
-    other, idx, seen = student(model), torch.randint(0, 40, (4, 12)), []
-
-    def forward(batch):
-        seen.append(other(batch)[0])
-
-    with distill.tqdm(disable=True) as bar:
-        distill.distill(attention_layers(other), forward, lambda step: [(idx, 1.0)], 3, 1e-2, bar)
+def test_stage_1_runs_the_teacher(monkeypatch):
+    model, idx, seen = teacher(), torch.randint(0, 40, (4, 12)), []
+    monkeypatch.setattr(distill, "run_layers", lambda m, *batch: seen.append(m(idx)[0]))
+    other = student(model)
+    layers = other.attention_layers()
+    mixes = [layer.mix for layer in layers]
+    distill.put([SoftmaxAttention() for _ in layers], layers)
+    distill.distill(other, mixes, text(), options(distill_steps=3))
     assert len(seen) == 3 and all(torch.allclose(logits, model(idx)[0]) for logits in seen)
 
 
 def test_layers_learn_apart():
     """Another map in layer 2 and layer 1 learns the same to the last bit."""
     one, two = student(teacher()), student(teacher())
-    two.blocks[1].attn.feature_map.w_q.data.mul_(3)
+    two.blocks[1].attn.mix.feature_map.w_q.data.mul_(3)
     run_distill(one)
     run_distill(two)
-    a, b = (m.blocks[0].attn.feature_map for m in (one, two))
+    a, b = (m.blocks[0].attn.mix.feature_map for m in (one, two))
     assert torch.equal(a.w_q, b.w_q) and torch.equal(a.w_k, b.w_k)
-    assert not torch.equal(one.blocks[1].attn.feature_map.w_q, two.blocks[1].attn.feature_map.w_q)
+    assert not torch.equal(one.blocks[1].attn.mix.feature_map.w_q,
+                           two.blocks[1].attn.mix.feature_map.w_q)
 
 
-def test_micro_batches_are_one_batch():
-    whole, parts = student(teacher()), student(teacher())
-    torch.manual_seed(3)
-    idx = torch.randint(0, 40, (4, 12))
-    for model, batches in ((whole, [((idx, None), 1.0)]),
-                           (parts, [((idx[:3], None), 0.75), ((idx[3:], None), 0.25)])):
-        with distill.tqdm(disable=True) as bar:
-            distill.distill(attention_layers(model), lambda b: model(*b), lambda step: batches, 3,
-                            1e-2, bar)
-    for a, b in zip(whole.parameters(), parts.parameters()):
-        assert torch.allclose(a, b, atol=1e-9)
+@pytest.mark.parametrize("task", ["text", "classes"])
+def test_micro_batches_are_one_batch(task):
+    """Also where sequences are padded: shares are by tokens that are no padding."""
+    results = []
+    for micro_batch in (4, 3, 1):
+        model = student(teacher())
+        run_distill(model, task=text() if task == "text" else classification(),
+                    micro_batch=micro_batch)
+        results.append(list(model.parameters()))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_a_hybrid_gets_maps_only_where_it_is_linear():
+    model = teacher()
+    other = model_with(replace(model.config, attention="softmax,hedgehog"), model).eval()
+    losses = run_distill(other)
+    assert losses[-1] < losses[0]
+    assert [name for name, _ in other.named_parameters() if "feature_map" in name] == [
+        "blocks.1.attn.mix.feature_map.w_q", "blocks.1.attn.mix.feature_map.w_k"]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "all"])
+def test_padding_leaves_everything_finite(side):
+    q, k = qk()
+    mask, m = torch.ones(B, T, dtype=torch.bool), noisy_map()
+    mask[0, {"left": slice(0, 5), "right": slice(4, T), "all": slice(0, T)}[side]] = False
+    for causal in (True, False):
+        loss = mimicry_loss(m, q, k, None, causal, mask, block=2)
+        a = softmax_attention_weights(q, k, causal, mask)
+        b = linear_attention_weights(*m(q, k, None), causal, mask)
+        figures = [loss, attention_kl(a, b, mask), entropy(a, mask),
+                   monotonicity(b, q, k, causal, mask)]
+        assert all(x.isfinite() for x in figures)
+        assert torch.allclose(loss, figures[1])
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, m.parameters()))
 
 
 # --- stage 2 --------------------------------------------------------------------------------------
@@ -239,14 +269,14 @@ def test_lora_merged_is_lora():
     model = student(teacher())
     idx = torch.randint(0, 40, (2, 12))
     before = model(idx)[0]
-    parameters = add_lora(attention_layers(model), rank=2, alpha=8)
+    parameters = add_lora(model, rank=2, alpha=8)
     model.double()
     assert torch.allclose(model(idx)[0], before)            # B is zero at first
     for p in parameters:
         p.data += 0.1 * torch.randn_like(p)
     adapted = model(idx)[0]
     assert not torch.allclose(adapted, before, atol=1e-3)
-    merge_lora(attention_layers(model))
+    merge_lora(model)
     assert torch.allclose(model(idx)[0], adapted)
     assert model.state_dict().keys() == student(teacher()).state_dict().keys()
 
@@ -326,14 +356,10 @@ def test_glue_layouts(tmp_path):
     assert splits["valid"][0][1] == 1
 
 
-def classification(**args):
-    """A task of three sequences and two classes, on a CPU."""
+def classification():
+    """A task of three sequences and two classes."""
     examples = [(np.arange(n, dtype=np.uint8), label) for n, label in ((3, 0), (7, 1), (5, 0))]
-    args = SimpleNamespace(**{**dict(batch_size=3, micro_batch=2, seed=0, lora=2, lora_alpha=8.0,
-                                      compile=False),
-                              **args})
-    return distill.Classification("task", "bytes", 40, {"train": examples, "valid": examples}, args,
-                                  train_lm.Machine("cpu", None))
+    return distill.Classification("task", "bytes", 40, {"train": examples, "valid": examples})
 
 
 def test_batches_say_what_is_padding():
@@ -343,20 +369,42 @@ def test_batches_say_what_is_padding():
 
 
 def test_shares_of_a_step_sum_to_one():
-    for size, pieces in ((3, [1.0]), (2, [2 / 3, 1 / 3]), (1, [1 / 3] * 3)):
-        shares = [share for _, share in distill.micro_batches(classification(micro_batch=size), 0)]
-        assert shares == pytest.approx(pieces)
+    for size, pieces in ((3, [15]), (2, [0, 0]), (1, [0] * 3)):
+        shares = [share for _, share in distill.micro_batches(
+            classification(), 0, options(batch_size=3, micro_batch=size))]
+        assert len(shares) == len(pieces) and sum(shares) == pytest.approx(1)
+        if size == 1:
+            assert sorted(shares) == pytest.approx([3 / 15, 5 / 15, 7 / 15])
 
 
 def test_lora_trains_adapters_and_maps_only(tmp_path):
-    task = classification(out=str(tmp_path))
     model = teacher(attention="hedgehog", causal=False, num_classes=2).float()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    distill.train("stage", task, model, 2, 1e-2, rank=2)
+    distill.train("stage", model, classification(), options(out=str(tmp_path), batch_size=3), 2,
+                  1e-2, rank=2)
     for name, p in model.named_parameters():
         moved = "feature_map" in name or name.endswith(("qkv.weight", "proj.weight"))
         assert torch.equal(p, before[name]) != moved, name
         assert p.requires_grad and (p.grad is None or moved), name
+
+
+def test_teacher_and_stages_draw_other_batches(monkeypatch):
+    """And softmax's finetuning those of stage 2, with as many steps."""
+    orders, task = {}, text()
+    for stage in ("distill", "finetune"):
+        real = getattr(distill, stage)
+
+        def spy(model, x, *args, stage=stage, real=real):
+            o = args[1] if stage == "distill" else args[0]
+            orders.setdefault(stage, []).append((o.seed, args[2] if stage == "finetune" else None))
+            return real(model, x, *args)
+        monkeypatch.setattr(distill, stage, spy)
+    monkeypatch.setattr(distill, "save", lambda *args: None)
+    monkeypatch.setattr(distill, "log", lambda *args: None)
+    distill.convert(task, teacher().float(), options(steps=2))
+    (first, _), = orders["distill"]
+    second, baseline = orders["finetune"]
+    assert len({0, first, second[0]}) == 3 and second == baseline and second[1] == 2
 
 
 def test_classifier_ignores_padding():
@@ -421,7 +469,6 @@ def test_end_to_end(capsys, here):
     code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "d",
                          "--distill-steps", 80, "--steps", 30, "--micro-batch", 8)
     assert code == 0, err
-    assert all(f"{stage}: 100%" in err for stage in ("stage 1, hedgehog", "stage 2, hedgehog"))
     result = json.loads(out.splitlines()[-1])
     assert result == json.loads(Path("d/result.json").read_text())
     rows = {r["name"]: r for r in result["rows"]}
@@ -436,45 +483,40 @@ def test_end_to_end(capsys, here):
     assert rows["softmax, the teacher"]["kl"] == pytest.approx(0, abs=1e-6)
     lines = [json.loads(line) for line in Path("d/log.jsonl").read_text().splitlines()]
     assert [line for line in lines if "name" in line] == result["rows"]
-    assert [line["stage"] for line in lines if "stage" in line] == [
-        "stage 1, hedgehog", "stage 2, hedgehog", "softmax, finetuned"]
+    assert [line["stage"] for line in lines if "stage" in line] == ["stage1", "stage2", "softmax"]
     # train_lm.py samples from each checkpoint and goes on with it
     for stage in ("stage1", "stage2", "softmax"):
         code, out, _ = run(capsys, "--sample", "w3", "--out", f"d/{stage}", "--sample-tokens", 4,
                            main=train_lm.main)
-        assert code == 0 and out.startswith("w3")
-    code, out, err = run(capsys, "--data", "text.txt", "--out", "d/stage2", "--resume", *TINY,
-                         "--steps", 32, "--lr", "1e-4", main=train_lm.main)
+        assert code == 0 and out.startswith("[w3]")
+    code, out, err = run(capsys, "--out", "d/stage2", "--resume", "--steps", 32, "--lr", "1e-4",
+                         main=train_lm.main)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["valid"]["perplexity"] == pytest.approx(
         rows["hedgehog, stage 2"]["perplexity"], rel=0.05)
-    machine = train_lm.Machine("cpu", None)                 # a checkpoint gives its row's figure
-    model, state = train_lm.load_model(Path("d/stage1/checkpoint.pt"), machine)
-    args = distill.parse_args(["--data", "text.txt", "--micro-batch", "8"])
-    task = distill.text_task(args, machine, model, state)
-    assert task.evaluate(model) == pytest.approx(rows["hedgehog, stage 1"]["perplexity"])
+    model, _ = train_lm.load_model("d/stage1", "cpu")       # a checkpoint gives its row's figure
+    o = distill.Options(data="text.txt", device="cpu", precision="fp32", block_size=32)
+    assert distill.score(model, train_lm.load_data(o), o) == pytest.approx(
+        rows["hedgehog, stage 1"]["perplexity"])
     code, out, err = run(capsys, "--data", "text.txt", "--analyze", "d/stage1", "--plot", "f",
                          "--micro-batch", 8)
     assert code == 0 and "layer 2" in out
     layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
     assert np.mean(layers["kl"]) == pytest.approx(rows["hedgehog, stage 1"]["kl"], rel=1e-4)
     assert "wrote f/entropy.png" in out or "pip install matplotlib" in out
-    code, out, err = run(capsys, "--data", "text.txt", "--transfer", "d/stage1", "d/stage2",
-                         "softmax", "--lengths", 8, 32)
-    kl = json.loads(out.splitlines()[-1])["kl"]
-    assert kl["hedgehog, trained (d/stage1)"]["32"] < 0.6 * kl["hedgehog"]["32"]
-    assert set(kl) == {*FEATURE_MAPS, *(f"hedgehog, trained (d/stage{i})" for i in (1, 2))}
+    code, out, err = run(capsys, "--data", "text.txt", "--analyze", "d/stage1", "--block-size", 8)
+    assert code == 0 and json.loads(out.splitlines()[-1])["block_size"] == 8
 
 
 def test_without_stage_1_and_with_lora(capsys, here):
     code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "t2r",
-                         "--feature-map", "t2r", "--no-distill", "--lora", 2, *SHORT)
+                         "--attention", "t2r", "--no-distill", "--lora", 2, *SHORT)
     assert code == 0, err
     assert [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]] == [
         "softmax, the teacher", "t2r-no-distill, swapped", "t2r-no-distill, stage 2",
         "softmax, finetuned"]
     moved = train_lm.load_checkpoint(Path("t2r/stage2/checkpoint.pt"))["model"]
-    w_q = moved["blocks.0.attn.feature_map.w_q"]
+    w_q = moved["blocks.0.attn.mix.feature_map.w_q"]
     assert not torch.equal(w_q, torch.eye(16).expand_as(w_q))       # maps learn with the adapters
     was = train_lm.load_checkpoint(Path("softmax/checkpoint.pt"))["model"]
     assert {name for name in was if not torch.equal(moved[name], was[name])} == {
@@ -489,35 +531,36 @@ def test_without_baseline(capsys, here):
     assert not Path("alone/softmax").exists()
 
 
-def test_compare(capsys, here):
-    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "all",
-                         "--compare", "--feature-dim", 24, *SHORT)
+def test_a_wide_map_and_a_hybrid(capsys, here):
+    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "hybrid",
+                         "--attention", "hedgehog,softmax", "--feature-dim", 24, *SHORT)
     assert code == 0, err
-    saved = train_lm.load_checkpoint(Path("all/hedgehog/stage2/checkpoint.pt"))["model"]
-    assert saved["blocks.0.attn.feature_map.w_q"].shape[-1] == 24
-    names = [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]]
-    for name in FEATURE_MAPS:
-        assert {f"{name}, swapped", f"{name}, stage 2"} <= set(names)
-        learned = name in ("hedgehog", "hedgehog_exp", "hedgehog_gate", "t2r")
-        assert (f"{name}, stage 1" in names) == learned
-    for name in ("t2r", "hedgehog"):
-        assert f"{name}-no-distill, stage 2" in names
-        assert f"{name}-no-distill, stage 1" not in names
+    saved = train_lm.load_checkpoint("hybrid/stage2")["model"]
+    assert saved["blocks.0.attn.mix.feature_map.w_q"].shape[-1] == 24
+    assert "blocks.1.attn.mix.feature_map.w_q" not in saved
 
 
-def test_stage_2_is_compiled_for_text_on_a_gpu():
-    def compiled(*args):
-        return distill.parse_args(["--device", "cuda", *args]).compile
+def parse(*args):
+    return train_lm.parse(distill.Options, distill.PRESETS, distill.preset_for,
+                          distill.from_teacher, "", [str(a) for a in args])
 
-    assert compiled() and not compiled("--no-compile") and not compiled("--task", "listops")
-    assert compiled("--task", "listops", "--compile")
-    assert not distill.parse_args(["--device", "cpu"]).compile
+
+def test_options_and_presets(here):
+    o = parse("--device", "cpu")
+    assert (o.preset, o.steps, o.teacher_steps, o.out) == (
+        "tiny", 400, 1300, "out/distill-stdlib-hedgehog")
+    o = parse("--teacher", "softmax")                       # what has to fit is the teacher's
+    assert (o.data, o.block_size, o.batch_size, o.steps) == ("text.txt", 32, 8, 400)
+    assert parse("--teacher", "softmax", "--batch-size", 3).batch_size == 3
+    assert parse("--task", "listops").distill_steps == 500
+    assert parse("--device", "cuda", "--data", "text.txt").compile
+    assert not parse("--device", "cuda", "--no-compile").compile
 
 
 def test_trains_its_own_teacher(capsys, here, monkeypatch):
-    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, micro_batch=8,
-                 lr=3e-3, dropout=0.0, eval_every=10)
-    monkeypatch.setitem(train_lm.PRESETS, "tiny", shape | {"epochs": 0.02})
+    monkeypatch.setitem(distill.PRESETS, "tiny", dict(
+        n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, eval_every=10,
+        teacher_steps=0, epochs=0.02))
     args = ["--data", "text.txt", "--out", "own", *SHORT]
     code, out, err = run(capsys, *args)
     assert code == 0, err
@@ -528,6 +571,9 @@ def test_trains_its_own_teacher(capsys, here, monkeypatch):
     code, out, err = run(capsys, *args)
     assert code == 0 and "train: 100%" not in err
     assert Path("own/teacher/checkpoint.pt").read_bytes() == first
+    Path("own/result.json").unlink()
+    code, _, err = run(capsys, *args, "--seed", 1)          # the teacher there is another one
+    assert code == 2 and "own/teacher was trained with seed 0" in err
     code, out, err = run(capsys, *args, "--overwrite", "--seed", 1)
     assert code == 0 and Path("own/teacher/checkpoint.pt").read_bytes() != first
 
@@ -563,26 +609,21 @@ def test_glue_from_a_language_model(capsys, here):
 
 @pytest.mark.parametrize("args, words", [
     ("--data text.txt --teacher elu", "elu attention already"),
-    ("--data text.txt --teacher nowhere", "nowhere/checkpoint.pt"),
     ("--data text.txt --teacher text.txt", "not a checkpoint"),
-    ("--data other --teacher softmax", "trained on bytes of 256"),
+    ("--data other --teacher softmax", "the model has bytes tokens of 256"),
     ("--data empty.txt --teacher softmax", "empty.txt"),
     ("--data text.txt --teacher softmax --out gone", "--overwrite"),
-    ("--task nothing --teacher softmax", "no train.tsv"),
+    ("--task nothing --teacher softmax", "nothing"),
     ("--task bad --teacher softmax", "no columns"),
-    ("--task bad", "--teacher RUN"),
+    ("--task bad", "give --teacher"),
     ("--plot f", "--analyze"),
-    ("--feature-map softmax", "--feature-map"),
-    ("--data text.txt --transfer softmax --lengths 64", "learned positions"),
-    ("--listops-length 9 10", "LOW"),
-    ("--task listops --listops-length 1 5 --listops-examples 9000", "too few expressions"),
-    ("--task short --teacher softmax", "too few columns"),
+    ("--attention linear --data text.txt --teacher softmax", "'linear' is not one of"),
+    ("--analyze softmax --block-size 64", "more than the 32"),
+    ("--task listops --listops-low 1 --listops-high 5 --listops-examples 9000", "too few express"),
+    ("--task short --teacher softmax", "no examples"),
     ("--task none --teacher softmax", "no examples"),
-    ("--teacher softmax", "trained on text.txt"),
-    ("--data recall", "no text"),
-    ("--compare --no-distill", "--no-distill"),
-    ("--analyze elu --task listops", "--task"),
-    ("--data text.txt --teacher softmax --distill-steps 2 --steps 2 --lr 1e30 --out nan", "lower"),
+    ("--data recall", "no recall"), ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
+    ("--analyze softmax --task listops", "--task"), ("--distill-lr nan", "--distill-lr"),
 ])
 def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
     Path("empty.txt").write_text("")
@@ -598,3 +639,8 @@ def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
     code, _, err = run(capsys, *args.split())
     assert code == 2
     assert words in err.splitlines()[-1] and err.count("error: ") == 1 and "Traceback" not in err
+
+
+def test_a_loss_that_is_no_number_ends_a_stage():
+    with pytest.raises(ValueError, match="lower"):
+        distill.show_loss(None, [torch.tensor(math.nan)], "stage 2", 9)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hedgehog import FEATURE_MAPS, GPTConfig
-from kernel import (chunked_linear_attention, linear_attention_weights, naive_linear_attention,
-                    recurrent_linear_attention)
+from kernel import (chunked_linear_attention, linear_attention, linear_attention_weights,
+                    naive_linear_attention, recurrent_linear_attention)
 
 LENGTHS = [1, 15, 16, 17, 63, 65, 130]
 
@@ -104,3 +104,31 @@ def test_low_precision_sums_in_fp32(dtype):
         assert abs(y[0, 0, -1].item() - 0.5) < 0.005
     with torch.autocast("cpu", torch.bfloat16):
         assert chunked_linear_attention(one, one, v)[1][1].item() == 4096
+
+
+@pytest.mark.parametrize("c", [1e-9, 1e9])
+def test_a_common_factor_of_the_keys_cancels(c):
+    phi_q, phi_k, v = (x.float() for x in features("hedgehog", 40))
+    for form in (naive_linear_attention, lambda *xs: chunked_linear_attention(*xs, chunk=16)[0],
+                 lambda *xs: recurrent_linear_attention(*xs)[0]):
+        assert error(form(phi_q, c * phi_k, v), form(phi_q, phi_k, v)) < 1e-5
+
+
+def test_a_single_key_gives_its_value():
+    """However small its features are: exp with the key shifted by -30."""
+    q, k, v = torch.randn(3, 1, 1, 1, 4)
+    phi_q, phi_k = FEATURE_MAPS["exp"](GPTConfig(n_head=1, n_embd=4))(q, k - 30, None)
+    assert torch.allclose(naive_linear_attention(phi_q, phi_k, v), v, rtol=1e-5)
+
+
+def test_one_token_honours_the_mask():
+    phi_q, phi_k, v = features("hedgehog", 12)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, 5] = False
+    exact, state, y = naive_linear_attention(phi_q, phi_k, v, key_mask=mask), None, []
+    for t in range(12):
+        now = slice(t, t + 1)
+        y_t, state = linear_attention(phi_q[:, :, now], phi_k[:, :, now], v[:, :, now], True,
+                                      mask[:, now].long(), state)       # ints as well as bools
+        y.append(y_t)
+    assert error(torch.cat(y, dim=2), exact) < 1e-10

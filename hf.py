@@ -1,0 +1,472 @@
+"""Models of Hugging Face's transformers with linear attention: GPT-2, Llama, BERT, ViT.
+
+    model = hf.load("FOLDER, NAME or FILE.gguf")    a transformers model, its softmax in our hands
+    model.convert("hedgehog")                       every layer gets linear attention with this map
+    model.save("FOLDER"), hf.load("FOLDER")         a checkpoint of its family, maps beside it
+    model.hf.generate(ids)                          from a state of constant size
+
+Attention modules of transformers call a function that is registered under a name, with q and k as
+the weights are made of them: after rotary positions, before heads are shared. Ours hands them to
+the module's submodule `mix`, as in hedgehog.py, so that distill.py's stages, adapters and tables do
+not know where a model comes from. `HuggingFace` gives a model GPT's interface.
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hedgehog import GPTConfig, LinearAttention, SoftmaxAttention, make_mix
+
+try:
+    import transformers
+    from transformers.cache_utils import Cache, CacheLayerMixin
+except ImportError as e:
+    raise ValueError(f"models of Hugging Face need transformers ({e}): pip install transformers")
+
+FAMILIES = ("gpt2", "llama", "bert", "vit")
+
+
+# --- the seam -------------------------------------------------------------------------------------
+
+
+def attention(module, q, k, v, key_mask=None, scaling=None, **_):
+    """What an attention module of transformers calls: q (B, H, T, d), k and v with H or fewer
+    heads, key_mask (B, tokens so far) -> y (B, T, H, d), None."""
+    if key_mask is not None and key_mask.dim() != 2:
+        raise ValueError("only masks (batch, tokens) are understood, not 4D ones")
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))     # shared heads
+    if scaling is not None:                                 # ours is 1 / sqrt(d)
+        q = q * (scaling * math.sqrt(q.size(-1)))
+    layer = module.mix_cache.layers[module.layer_idx] if module.mix_cache is not None else None
+    if layer is not None and not isinstance(layer, StateLayer):
+        if layer.get_seq_length() > q.size(2):
+            raise ValueError("a cache of keys does not serve linear attention: pass use_cache=False"
+                             ", or leave the cache to model.generate")
+        layer = None                                        # the first call: what it keeps is idle
+    start = 0 if layer is None else layer.seen - q.size(2)
+    positions = torch.arange(start, start + q.size(2), device=q.device)
+    dtype = next((p.dtype for p in module.mix.parameters()), q.dtype)
+    if not torch.is_autocast_enabled(q.device.type):        # fp32 maps in a bf16 model
+        q, k = q.to(dtype), k.to(dtype)
+    y, state = module.mix(q, k, v, positions, module.is_causal, key_mask,
+                          None if layer is None else layer.state)
+    if layer is not None:
+        layer.state = state
+    return y.to(v.dtype).transpose(1, 2), None
+
+
+def padding_mask(attention_mask=None, mask_function=None, **_):
+    """What reaches `attention` as key_mask: the padding alone. Causality is the module's."""
+    name = getattr(mask_function, "__name__", "")
+    if name not in ("causal_mask_function", "bidirectional_mask_function"):
+        raise ValueError("sliding windows and packed sequences are not supported here")
+    return attention_mask
+
+
+transformers.AttentionInterface.register("mix", attention)
+transformers.AttentionMaskInterface.register("mix", padding_mask)
+
+
+class StateLayer(CacheLayerMixin):
+    """A layer of a transformers Cache that holds what `mix` returns: (S, z), of constant size, or
+    for softmax (k, v)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.state, self.seen = None, 0
+
+    def lazy_initialization(self, *args):
+        pass
+
+    def update(self, k, v, *args, **kwargs):                # comes before `attention`
+        self.seen += k.size(2)
+        return k, v
+
+    def get_seq_length(self, *args):
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        return self.seen + query_length, 0
+
+    def get_max_length(self):
+        return -1
+
+    def reset(self):
+        self.state, self.seen = None, 0
+
+    def select(self, indices):
+        if self.state is not None:
+            self.state = tuple(x[indices.to(x.device)] for x in self.state)
+
+    reorder_cache = batch_select_indices = select           # beams
+
+    def batch_repeat_interleave(self, repeats):
+        if self.state is not None:
+            self.state = tuple(x.repeat_interleave(repeats, dim=0) for x in self.state)
+
+
+def remember_cache(module, args, kwargs):
+    """A pre-hook of attention modules: `attention` is not told the cache, they are."""
+    module.mix_cache = kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def take_over(model):
+    """Puts SoftmaxAttention into every attention module of a transformers model; returns these."""
+    config = model.config
+    if config.model_type not in FAMILIES or getattr(config, "add_cross_attention", False):
+        raise ValueError(f"{config.model_type} models (with cross attention) are not supported; "
+                         f"these are: {', '.join(FAMILIES)}")
+    modules = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    for i, module in enumerate(modules):
+        module.mix, module.mix_cache, module.layer_idx = SoftmaxAttention(), None, i
+        module.register_forward_pre_hook(remember_cache, with_kwargs=True)
+    model.set_attn_implementation("mix")
+
+    def prepare_cache(generation_config, model_kwargs, *args, **kwargs):
+        parameters = inspect.signature(type(model).forward).parameters
+        name = "cache" if "cache" in parameters else "past_key_values"     # before 5.24
+        if model_kwargs.get(name) is None and generation_config.use_cache is not False:
+            model_kwargs[name] = Cache(layer_class_to_replicate=StateLayer)
+
+    model._prepare_cache_for_generation = prepare_cache     # so that generate needs no argument
+    return modules
+
+
+class HuggingFace(nn.Module):
+    """A transformers model with the interface of GPT (hedgehog.py), for distill.py."""
+
+    def __init__(self, model, tokenizer=None):
+        super().__init__()
+        self.hf, self.tokenizer, modules = model, tokenizer, take_over(model)
+        self.stage = ""                                     # what distill.py did last
+        first, c = modules[0], model.config
+        d = getattr(first, "head_dim", None) or first.attention_head_size
+        heads = c.num_attention_heads
+        self.config = GPTConfig(                            # of the maps; the model has its own
+            vocab_size=getattr(c, "vocab_size", 0), n_layer=len(modules), n_head=heads,
+            n_embd=heads * d, attention="softmax", causal=first.is_causal, position="rotary",
+            block_size=getattr(c, "max_position_embeddings", 1024))
+
+    def attention_layers(self):
+        return [m for m in self.hf.modules() if hasattr(m, "mix_cache")]
+
+    def projections(self):
+        """(module, matrices stacked in its weight) of queries, keys, values and outputs."""
+        found = []
+        for name, module in self.hf.named_modules():
+            last = name.split(".")[-1]
+            if last in ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value"):
+                found.append((module, 1))
+            elif last in ("c_attn", "c_proj") and ".attn." in name:
+                found.append((module, 3 if last == "c_attn" else 1))
+            elif name.endswith("attention.output.dense"):
+                found.append((module, 1))
+        return found
+
+    def convert(self, attention, feature_dim=0, stage=""):
+        """Puts what `attention` names (GPTConfig.attention) into the layers, maps as they start."""
+        self.stage = stage
+        self.config = replace(self.config, attention=attention, feature_dim=feature_dim)
+        device = next(self.hf.parameters()).device
+        for layer, name in zip(self.attention_layers(), self.config.attentions):
+            layer.mix = make_mix(name, self.config).to(device)
+        return self
+
+    def inputs(self, idx, key_mask):
+        if self.hf.main_input_name == "pixel_values":
+            return {"pixel_values": idx}
+        inputs = {"input_ids": idx, "attention_mask": key_mask}
+        if self.config.causal:
+            inputs["use_cache"] = False
+            if key_mask is not None:                        # padding on the left moves positions
+                inputs["position_ids"] = (key_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return inputs
+
+    def hidden(self, idx, caches=None, start=0, key_mask=None):
+        return self.hf.base_model(**self.inputs(idx, key_mask))[0], []
+
+    def forward(self, idx, targets=None, key_mask=None):
+        logits = self.hf(**self.inputs(idx, key_mask)).logits
+        if targets is None:
+            return logits, None
+        return logits, functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(),
+                                                ignore_index=-1)
+
+    def check_length(self, length):
+        if length > self.config.block_size:
+            raise ValueError(f"--block-size {length}: the model has positions up to "
+                             f"{self.config.block_size}, give a smaller one")
+
+    def parameter_groups(self, weight_decay):
+        decay = {True: [], False: []}
+        for name, p in self.named_parameters():
+            decay[p.dim() >= 2 and "feature_map" not in name].append(p)
+        return [{"params": decay[True], "weight_decay": weight_decay},
+                {"params": decay[False], "weight_decay": 0.0}]
+
+    def save(self, folder):
+        """A checkpoint of the model's family, which transformers opens as the softmax model, and
+        beside it hedgehog.safetensors with the maps. The folder is replaced as a whole."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        part, old = (folder.with_name(f"{folder.name}.{x}-{os.getpid()}") for x in ("part", "old"))
+        self.hf.config.hedgehog = {"attention": self.config.attention,
+                                   "feature_dim": self.config.feature_dim, "stage": self.stage}
+        maps = {f"{i}.{name}": x.contiguous() for i, layer in enumerate(self.attention_layers())
+                for name, x in layer.mix.state_dict().items()}
+        try:
+            self.hf.save_pretrained(part, state_dict={
+                name: x for name, x in self.hf.state_dict().items() if ".mix." not in name})
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(part)
+            save_file(maps, part / "hedgehog.safetensors")
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load(name, kind="CausalLM", device="cpu", **options):
+    """A transformers model by name, folder or GGUF file as a HuggingFace; with the maps, if save()
+    wrote them. kind: what follows AutoModelFor. ValueErrors say what cannot be loaded."""
+    path, auto = Path(name), getattr(transformers, f"AutoModelFor{kind}")
+    try:
+        if path.suffix == ".gguf":
+            model, tokenizer = load_gguf(path)
+        else:
+            model = auto.from_pretrained(name, dtype=torch.float32, **options)
+            processor = transformers.AutoImageProcessor if kind == "ImageClassification" else (
+                transformers.AutoTokenizer)
+            tokenizer = processor.from_pretrained(name)
+    except Exception as e:                                  # transformers raises many kinds
+        raise ValueError(f"{name} is not to be had as a model of transformers ("
+                         f"{(str(e).strip() or repr(e)).splitlines()[0][:200]})")
+    model = HuggingFace(model, tokenizer).to(device)
+    settings = getattr(model.hf.config, "hedgehog", None)
+    if settings:
+        from safetensors.torch import load_file
+
+        model.convert(**settings)
+        maps = load_file(path / "hedgehog.safetensors")
+        for i, layer in enumerate(model.attention_layers()):
+            layer.mix.load_state_dict({key.split(".", 1)[1]: x for key, x in maps.items()
+                                       if key.split(".", 1)[0] == str(i)})
+    return model
+
+
+def load_gguf(path):
+    """Model and tokenizer of a GGUF file (Llama's architecture), its weights as fp32."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model,
+                                   torch_dtype=torch.float32)["tensors"]
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    if set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
+    model.tie_weights()
+    return model, tokenizer
+
+
+def encoding(tokenizer):
+    """The tokenizer as train_lm.tokenise wants one."""
+    return SimpleNamespace(
+        name=Path(tokenizer.name_or_path or "tokenizer").name, n_vocab=len(tokenizer),
+        encode_ordinary_batch=lambda lines: tokenizer(lines, add_special_tokens=False)["input_ids"],
+        encode_ordinary=lambda text: tokenizer(text)["input_ids"],
+        decode=tokenizer.decode)
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+class Responses:
+    """Prompts and responses from a .jsonl file, a task as train_lm.Text is one: the loss is over
+    the response alone. A line has dialogue and summary, or prompt and response.
+
+    FILE.jsonl is cut into 90 % to train on and 10 % to judge by, unless it is called train.jsonl
+    and valid.jsonl lies beside it.
+    """
+    figure = "perplexity"
+
+    def __init__(self, path, tokenizer, block_size):
+        self.name, self.tokenizer, self.model_tokenizer = Path(path).stem, "", tokenizer
+        self.block_size, self.vocab_size = block_size, len(tokenizer)
+        pairs = self.read(Path(path))
+        if Path(path).name == "train.jsonl" and (beside := Path(path).with_name("valid.jsonl")
+                                                 ).exists():
+            self.splits = {"train": pairs, "valid": self.read(beside)}
+        else:
+            cut = len(pairs) * 9 // 10
+            self.splits = {"train": pairs[:cut], "valid": pairs[cut:]}
+        if not all(self.splits.values()):
+            raise ValueError(f"{path}: too few examples to train on and to judge by")
+
+    def read(self, path):
+        pairs = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                x = json.loads(line)
+                prompt, response = ((x["prompt"], x["response"]) if "prompt" in x else (
+                    f"Summarize this dialog:\n{x['dialogue']}\n---\nSummary:\n", x["summary"]))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: no JSON with prompt and response, or "
+                                 "dialogue and summary")
+            eos = [self.model_tokenizer.eos_token_id]
+            prompt = self.model_tokenizer(prompt)["input_ids"]
+            answer = self.model_tokenizer(response, add_special_tokens=False)["input_ids"] + eos
+            room = self.block_size - min(len(answer), self.block_size // 2)
+            pairs.append((prompt[-room:], answer[:self.block_size // 2], response))
+        return pairs
+
+    def num_examples(self, split):
+        return len(self.splits[split])
+
+    def num_targets(self, split, indices):
+        return sum(len(self.splits[split][i][1]) for i in indices)
+
+    def batch(self, split, indices):
+        """Inputs, targets (-1 but for the response) and mask (B, T), padded on the right."""
+        rows = [self.splits[split][i][:2] for i in indices]
+        T = max(len(prompt) + len(answer) for prompt, answer in rows) - 1
+        x = torch.zeros(len(rows), T, dtype=torch.long)
+        y, mask = torch.full_like(x, -1), torch.zeros_like(x, dtype=torch.bool)
+        for i, (prompt, answer) in enumerate(rows):
+            ids = torch.tensor(prompt + answer)
+            x[i, :len(ids) - 1], mask[i, :len(ids) - 1] = ids[:-1], True
+            y[i, len(prompt) - 1:len(ids) - 1] = ids[len(prompt):]
+        return x, y, mask
+
+    def metrics(self, split, loss, accuracy):
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
+
+    def rouge(self, model, o, progress):
+        """ROUGE-1, -2, -L (F, per cent) of greedy responses to the validation prompts."""
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError:
+            return {}
+        tokenizer, scores = self.model_tokenizer, []
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (
+            tokenizer.eos_token_id)
+        n = min(o.rouge, self.num_examples("valid"))
+        for i in progress(range(0, n, o.micro_batch)):
+            rows = self.splits["valid"][i:min(i + o.micro_batch, n)]
+            T = max(len(prompt) for prompt, _, _ in rows)
+            idx = torch.full((len(rows), T), pad)
+            mask = torch.zeros_like(idx)
+            for j, (prompt, _, _) in enumerate(rows):       # padded on the left: all end together
+                idx[j, T - len(prompt):], mask[j, T - len(prompt):] = torch.tensor(prompt), 1
+            room = max(1, min(64, model.config.block_size - T))
+            out = model.hf.generate(idx.to(o.device), attention_mask=mask.to(o.device),
+                                    max_new_tokens=room, do_sample=False, pad_token_id=pad,
+                                    eos_token_id=tokenizer.eos_token_id)
+            for (_, _, response), ids in zip(rows, out[:, T:]):
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                scores.append([x.fmeasure for x in scorer.score(response, text).values()])
+        return dict(zip(("rouge1", "rouge2", "rougeL"), (100 * np.mean(scores, axis=0)).tolist()))
+
+
+class Images:
+    """Folders of images named by their class, a task: FOLDER/train/CLASS and FOLDER/valid/CLASS, or
+    FOLDER/CLASS, of which every tenth image is to judge by."""
+    figure = "accuracy"
+
+    def __init__(self, folder, processor):
+        self.name, self.tokenizer, self.processor = Path(folder).name, "", processor
+        split = Path(folder, "train").is_dir() and Path(folder, "valid").is_dir()
+        roots = {s: Path(folder, s) if split else Path(folder) for s in ("train", "valid")}
+        names = sorted(x.name for x in roots["train"].iterdir() if x.is_dir())
+        self.classes, self.splits = len(names), {}
+        for s, root in roots.items():
+            files = [(file, label) for label, name in enumerate(names)
+                     for file in sorted((root / name).glob("*"))]
+            self.splits[s] = files if split else [
+                x for i, x in enumerate(files) if (i % 10 == 9) == (s == "valid")]
+            if not self.splits[s]:
+                raise ValueError(f"--task {folder}: no images in folders named by their class")
+
+    def num_examples(self, split):
+        return len(self.splits[split])
+
+    def num_targets(self, split, indices):
+        return len(indices)
+
+    def batch(self, split, indices):
+        """Pixels (B, 3, height, width) by the model's image processor, and classes (B)."""
+        from PIL import Image
+
+        files, labels = zip(*(self.splits[split][i] for i in indices))
+        images = [Image.open(file).convert("RGB") for file in files]
+        return self.processor(images, return_tensors="pt")["pixel_values"], torch.tensor(labels)
+
+    def metrics(self, split, loss, accuracy):
+        return {"loss": loss, "accuracy": 100 * accuracy}
+
+
+# --- GPT-2 as the project's own GPT ---------------------------------------------------------------
+
+
+def copy_gpt2(own, theirs, back=False):
+    """Copies the weights of transformers' GPT2LMHeadModel into a GPT, or back."""
+    pairs = {"wte": "wte", "wpe": "wpe", "ln_f": "ln_f"}
+    for i in range(own.config.n_layer):
+        for ours, name in (("ln_1", "ln_1"), ("ln_2", "ln_2"), ("attn.qkv", "attn.c_attn"),
+                           ("attn.proj", "attn.c_proj"), ("mlp.0", "mlp.c_fc"),
+                           ("mlp.2", "mlp.c_proj")):
+            pairs[f"blocks.{i}.{ours}"] = f"h.{i}.{name}"
+    for a, b in pairs.items():
+        a, b = own.get_submodule(a), theirs.transformer.get_submodule(b)
+        for name, x in a.named_parameters():
+            y = getattr(b, name)
+            y = y.T if "Conv1D" in type(b).__name__ and name == "weight" else y  # (in, out) there
+            with torch.no_grad():
+                y.copy_(x) if back else x.copy_(y)
+
+
+def own_gpt(name):
+    """GPT.from_pretrained (hedgehog.py)."""
+    from hedgehog import GPT
+
+    model = load(name)
+    c = model.hf.config
+    if c.model_type != "gpt2" or c.activation_function != "gelu_new":
+        raise ValueError(f"{name} is a {c.model_type}, not a GPT-2")
+    own = GPT(GPTConfig(vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer,
+                        n_head=c.n_head, n_embd=c.n_embd, attention=model.config.attention,
+                        feature_dim=model.config.feature_dim))
+    copy_gpt2(own, model.hf)
+    for block, layer in zip(own.blocks, model.attention_layers()):
+        block.attn.mix.load_state_dict(layer.mix.state_dict())
+    return own
+
+
+def export(own, folder):
+    """GPT.export (hedgehog.py)."""
+    c = own.config
+    if c.position != "learned" or c.num_classes:
+        raise ValueError("only a language model with learned positions is a GPT-2")
+    model = HuggingFace(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, bos_token_id=None, eos_token_id=None)))
+    copy_gpt2(own, model.hf, back=True)
+    model.convert(c.attention, c.feature_dim)
+    for block, layer in zip(own.blocks, model.attention_layers()):
+        layer.mix.load_state_dict(block.attn.mix.state_dict())
+    model.save(folder)

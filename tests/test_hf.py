@@ -1,0 +1,397 @@
+"""Models of Hugging Face: the seam, both stages, adapters, generation, saving. Tiny random models of
+the four families, saved and loaded by the real path; no network."""
+
+import copy
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import distill
+import hf
+import train_lm
+from hedgehog import GPT, GPTConfig, SoftmaxAttention
+
+SMALL = dict(vocab_size=270, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=64)
+FAMILIES = {
+    "gpt2": ("CausalLM", lambda: transformers.GPT2Config(
+        vocab_size=270, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
+        eos_token_id=0)),
+    "llama": ("CausalLM", lambda: transformers.LlamaConfig(
+        **SMALL, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0,
+        eos_token_id=0)),
+    "bert": ("SequenceClassification", lambda: transformers.BertConfig(
+        **SMALL, max_position_embeddings=64, num_labels=2, pad_token_id=0)),
+    "vit": ("ImageClassification", lambda: transformers.ViTConfig(
+        **{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=16, patch_size=4,
+        num_labels=3)),
+}
+CAUSAL = ["gpt2", "llama"]
+
+
+def tokenizer(folder):
+    """Bytes, and an end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
+    t = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<eos>",
+                                                pad_token="<eos>")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def stock(tmp_path, monkeypatch):
+    """make(family): a folder with a stock model, and that model."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(family):
+        kind, config = FAMILIES[family]
+        torch.manual_seed(0)
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config()).eval()
+        with torch.no_grad():
+            for p in model.parameters():                    # so that attention is not near uniform
+                p += 0.1 * torch.randn_like(p)
+        model.save_pretrained(family)
+        if family == "vit":
+            transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(family)
+        else:
+            tokenizer(family)
+        return family, model
+    return make
+
+
+def batch(family, pad="right"):
+    """Two inputs, the second padded, and a mask."""
+    torch.manual_seed(1)
+    if family == "vit":
+        return torch.randn(2, 3, 16, 16), None
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 8:] = False
+    return torch.randint(1, 257, (2, 12)), mask if pad == "right" else mask.flip(1)
+
+
+def logits(model, idx, mask):
+    with torch.no_grad():
+        return model(idx, key_mask=mask)[0]
+
+
+def load(family, folder=None):
+    return hf.load(folder or family, FAMILIES[family][0]).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_softmax_through_the_seam_is_the_stock_model(stock, family, pad):
+    _, model = stock(family)
+    idx, mask = batch(family, pad)
+    if family == "vit":
+        theirs = model(pixel_values=idx).logits
+    elif family == "bert":
+        theirs = model(input_ids=idx, attention_mask=mask).logits
+    else:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        theirs = model(input_ids=idx, attention_mask=mask, position_ids=positions).logits
+    ours = logits(load(family), idx, mask)
+    if family in CAUSAL:
+        ours, theirs = ours[mask], theirs[mask]             # padding itself has no right answer
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_attention_with_softmaxs_weights_is_the_teacher(stock, family, monkeypatch):
+    stock(family)
+    idx, mask = batch(family)
+    model = load(family)
+    teacher = logits(model, idx, mask)
+    model.convert("hedgehog")
+    assert not torch.allclose(logits(model, idx, mask), teacher, atol=1e-3)
+    softmax = SoftmaxAttention()
+    for layer in model.attention_layers():
+        monkeypatch.setattr(layer.mix, "forward", lambda q, k, v, positions, causal, mask, cache: (
+            softmax.weights(q, k, positions, causal, mask) @ v, cache))
+    same = logits(model, idx, mask)
+    keep = mask if family in CAUSAL else slice(None)
+    assert torch.allclose(same[keep], teacher[keep], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("attention", ["hedgehog", "elu", "hedgehog,softmax"])
+def test_padding_changes_nothing(stock, family, attention):
+    stock(family)
+    model = load(family).convert(attention)
+    for pad, real in (("right", slice(0, 8)), ("left", slice(4, 12))):
+        idx, mask = batch(family, pad)
+        if family == "bert" and pad == "left":
+            continue                                        # its positions count padding
+        both = logits(model, idx, mask)[1]
+        alone = logits(model, idx[1:, real], mask[1:, real])[0]
+        assert torch.allclose(both[real] if family in CAUSAL else both, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(stock, family):
+    _, before = stock(family)
+    idx, mask = batch(family)
+    model = load(family).convert("hedgehog", feature_dim=12)
+    for layer in model.attention_layers():
+        for p in layer.mix.parameters():
+            p.data += 0.3 * torch.randn_like(p)
+    model.save("converted")
+    again = load(family, "converted")
+    assert torch.equal(logits(again, idx, mask), logits(model, idx, mask))
+    assert again.config.attention == "hedgehog" and again.config.feature_dim == 12
+    plain = getattr(transformers, f"AutoModelFor{FAMILIES[family][0]}").from_pretrained("converted")
+    for (name, a), (_, b) in zip(plain.state_dict().items(), before.state_dict().items()):
+        assert torch.equal(a, b), name                      # the softmax model, for all others
+
+
+def test_a_failed_save_leaves_the_old_one(stock, monkeypatch):
+    stock("llama")
+    model = load("llama").convert("hedgehog")
+    model.save("kept")
+    before = {p.name: p.read_bytes() for p in Path("kept").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError):
+        model.save("kept")
+    assert {p.name: p.read_bytes() for p in Path("kept").iterdir()} == before
+    assert [p.name for p in Path(".").iterdir() if p.name.startswith("kept")] == ["kept"]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("attention", ["hedgehog", "softmax,hedgehog"])
+def test_generate(stock, family, attention):
+    """Greedy from the state is greedy by recomputation; left padding and beams, too."""
+    stock(family)
+    model = load(family).convert(attention)
+    idx, mask = batch(family, "left")
+    options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+    fast = model.hf.generate(idx, attention_mask=mask.long(), **options)
+    slow = model.hf.generate(idx, attention_mask=mask.long(), use_cache=False, **options)
+    assert torch.equal(fast, slow)
+    whole = idx[:1]
+    for _ in range(10):
+        whole = torch.cat([whole, logits(model, whole, None)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(fast[:1], whole)
+    beams = [model.hf.generate(idx, attention_mask=mask.long(), num_beams=3, use_cache=cache,
+                               **options) for cache in (True, False)]
+    assert torch.equal(*beams)
+
+
+def test_the_state_is_constant(stock):
+    stock("llama")
+    model = load("llama").convert("hedgehog")
+    sizes = []
+    for n in (5, 40):
+        cache = hf.Cache(layer_class_to_replicate=hf.StateLayer)
+        name = "cache" if "cache" in hf.inspect.signature(
+            transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+        model.hf(input_ids=torch.ones(1, n, dtype=torch.long), use_cache=True, **{name: cache})
+        sizes.append([x.numel() for layer in cache.layers for x in layer.state])
+    assert sizes[0] == sizes[1] == [4 * 16 * 8, 4 * 16] * 2     # per query head
+
+
+def test_scaling_and_fp32_maps_in_a_bf16_model(stock):
+    torch.manual_seed(0)
+    config = FAMILIES["gpt2"][1]()
+    config.scale_attn_by_inverse_layer_idx = True
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    idx, _ = batch("gpt2")
+    theirs = model(input_ids=idx).logits
+    assert torch.allclose(logits(hf.HuggingFace(model), idx, None), theirs, atol=1e-5)
+    low = hf.HuggingFace(copy.deepcopy(model)).convert("hedgehog")
+    exact = logits(low, idx, None)
+    low.hf.bfloat16()
+    for layer in low.attention_layers():
+        layer.mix.float()
+    assert ((logits(low, idx, None) - exact).norm() / exact.norm()) < 0.1
+
+
+def options(tmp, **more):
+    return distill.Options(**dict(dict(
+        out=str(tmp), device="cpu", precision="fp32", compile=False, micro_batch=2, batch_size=4,
+        distill_steps=30, steps=3, block_size=16), **more))
+
+
+def text_task():
+    rng = np.random.default_rng(0)
+    splits = {s: rng.integers(1, 257, 400).astype(np.uint16) for s in ("train", "valid")}
+    return train_lm.Text("random", "", 270, splits, {}, 16)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
+def test_stage_1(stock, tmp_path, family):
+    """KL is halved, and no weight of the model changes by a bit."""
+    stock(family)
+    o, model = options(tmp_path), load(family)
+    if family == "vit":
+        task = text_task()
+        task.batch = lambda split, indices: (torch.randn(len(indices), 3, 16, 16),
+                                             torch.zeros(len(indices), dtype=torch.long))
+    elif family == "bert":
+        examples = [(np.arange(1, n), n % 2) for n in range(4, 14)]
+        task = distill.Classification("c", "", 270, {"train": examples, "valid": examples})
+    else:
+        task = text_task()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    student = distill.model_with(replace(model.config, attention="hedgehog"), model)
+    layers = student.attention_layers()
+    linear = [layer.mix for layer in layers]
+    distill.put([SoftmaxAttention() for _ in layers], layers)
+    losses = distill.distill(student, linear, task, replace(o, distill_lr=3e-2))
+    assert losses[-1] < losses[0] / 2
+    after = student.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora(stock, family):
+    stock(family)
+    model, (idx, mask) = load(family).convert("hedgehog"), batch(family)
+    plain, before = logits(model, idx, mask), copy.deepcopy(model.hf.state_dict())
+    assert len(model.projections()) == (4 if family == "gpt2" else 8)
+    for p in distill.add_lora(model, 2, 8.0):
+        assert p.requires_grad
+        p.data += 0.1 * torch.randn_like(p)
+    adapted = logits(model, idx, mask)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    distill.merge_lora(model)
+    assert torch.allclose(logits(model, idx, mask), adapted, atol=1e-5)
+    changed = {name for name, x in model.hf.state_dict().items() if not torch.equal(x, before[name])}
+    assert len(changed) == len(model.projections())
+    for name in changed:
+        assert any(part in name for part in ("attn", "attention")) and name.endswith("weight")
+
+
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog"])
+def test_gpt2_is_our_gpt_and_back(stock, attention):
+    stock("gpt2")
+    idx, _ = batch("gpt2")
+    theirs = load("gpt2").convert(attention)
+    theirs.save("theirs")
+    own = GPT.from_pretrained("theirs").eval()
+    assert torch.allclose(own(idx)[0], logits(theirs, idx, None), atol=1e-5)
+    own.export("back")
+    assert torch.equal(logits(load("gpt2", "back"), idx, None), logits(theirs, idx, None))
+
+
+def run(capsys, *args):
+    capsys.readouterr()
+    code = distill.main([str(a) for a in args])
+    return code, *capsys.readouterr()
+
+
+SHORT = "--distill-steps 30 --steps 3 --batch-size 4 --micro-batch 4 --block-size 16".split()
+
+
+def test_a_language_model_from_the_command_line(stock, capsys):
+    stock("llama")
+    Path("text.txt").write_text("".join(f"line {i} of {i * i % 97} words\n" for i in range(200)))
+    code, out, err = run(capsys, "--teacher", "llama", "--data", "text.txt", "--out", "o", *SHORT,
+                         "--lora", 2)
+    assert code == 0, err
+    rows = {r["name"]: r for r in json.loads(out.splitlines()[-1])["rows"]}
+    assert rows["hedgehog, stage 1"]["kl"] < rows["hedgehog, swapped"]["kl"]
+    again = hf.load("o/stage2")
+    assert again.config.attention == "hedgehog"
+    assert transformers.AutoModelForCausalLM.from_pretrained("o/softmax") is not None
+    code, out, err = run(capsys, "--analyze", "o/stage1", "--data", "text.txt", *SHORT)
+    assert code == 0, err
+    layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
+    assert np.mean(layers["kl"]) == pytest.approx(rows["hedgehog, stage 1"]["kl"], rel=1e-3)
+
+
+def test_responses(stock, capsys):
+    stock("gpt2")
+    lines = [json.dumps({"dialogue": f"A: {i}", "summary": f"{i}."}) for i in range(40)]
+    Path("d.jsonl").write_text("\n".join(lines))
+    task = hf.Responses("d.jsonl", hf.load("gpt2").tokenizer, 64)
+    x, y, mask = task.batch("train", [0, 11])
+    for i, text in ((0, "0."), (1, "11.")):
+        answer = y[i][y[i] >= 0].tolist()
+        assert task.model_tokenizer.decode(answer[:-1]) == text and answer[-1] == 0
+        assert (x[i, 1:][y[i, :-1] >= 0] == y[i, :-1][y[i, :-1] >= 0]).all()
+    assert int((y >= 0).sum()) == task.num_targets("train", [0, 11])
+    code, out, err = run(capsys, "--teacher", "gpt2", "--data", "d.jsonl", "--out", "o", *SHORT,
+                         "--block-size", 64, "--rouge", 2)
+    assert code == 0, err
+    row = json.loads(out.splitlines()[-1])["rows"][-1]
+    assert math.isfinite(row["perplexity"]) and 0 <= row.get("rougeL", 0) <= 100
+
+
+def test_bert_on_glue_and_vit_on_images(stock, capsys):
+    stock("bert")
+    stock("vit")
+    rows = "".join(f"s\t{i % 2}\t\t{'good' if i % 2 else 'bad'} {i}\n" for i in range(20))
+    Path("CoLA").mkdir()
+    Path("CoLA/train.tsv").write_text(rows)
+    Path("CoLA/dev.tsv").write_text(rows)
+    code, out, err = run(capsys, "--teacher", "bert", "--task", "CoLA", "--out", "b", *SHORT,
+                         "--teacher-steps", 3)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["figure"] == "matthews"
+    image = pytest.importorskip("PIL.Image")
+    for name in ("a", "b", "c"):
+        Path("images", name).mkdir(parents=True)
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 255, (20, 20, 3)).astype(np.uint8)
+            image.fromarray(pixels).save(f"images/{name}/{i}.png")
+    code, out, err = run(capsys, "--teacher", "vit", "--task", "images", "--out", "v", *SHORT,
+                         "--teacher-steps", 3)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["figure"] == "accuracy"
+
+
+def test_one_clear_line(stock, capsys, monkeypatch):
+    stock("llama")
+    stock("bert")
+    Path("empty.jsonl").write_text("")
+    Path("bad.jsonl").write_text('{"x": 1}\n')
+    Path("wrong.gguf").write_bytes(b"GGUF no")
+    transformers.T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, vocab_size=20
+                          ).save_pretrained("t5")
+    transformers.MistralConfig(**SMALL, num_key_value_heads=2).save_pretrained("mistral")
+    transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained("mistral")).save_pretrained("mistral")
+    tokenizer("mistral")
+    for args, words in (
+            ("--teacher nowhere --data empty.jsonl", "nowhere is not to be had"),
+            ("--teacher t5 --data empty.jsonl", "t5 is not to be had"),
+            ("--teacher mistral --data empty.jsonl", "mistral models"),
+            ("--teacher llama --data empty.jsonl", "too few examples"),
+            ("--teacher llama --data bad.jsonl", "line 1"),
+            ("--teacher wrong.gguf --data bad.jsonl", "wrong.gguf is not"),
+            ("--teacher llama --data empty.jsonl --block-size 65", "positions up to 64")):
+        code, _, err = run(capsys, "--block-size", 16, *args.split())
+        assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err, (args, err)
+    model = load("llama").convert("hedgehog")
+    with pytest.raises(ValueError, match="4D"):
+        model.hf(input_ids=torch.ones(1, 4, dtype=torch.long),
+                 attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="packed"):
+        model.hf(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False,
+                 position_ids=torch.tensor([[0, 1, 0, 1]]))
+    cache = transformers.DynamicCache()
+    name = "cache" if "cache" in hf.inspect.signature(
+        transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+    model.hf(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True, **{name: cache})
+    with pytest.raises(ValueError, match="use_cache"):
+        model.hf(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True, **{name: cache})
