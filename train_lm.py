@@ -635,6 +635,8 @@ def train(o, data):
         raw_model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         progress = state["progress"]
+        if progress["evaluated"] >= steps and (out / "result.json").exists():
+            raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
         if rank() == 0:                                     # the random numbers saved are its
             torch.set_rng_state(state["rng"])
             if o.device.startswith("cuda") and "cuda_rng" in state:
@@ -812,7 +814,8 @@ def run(argv):
     if rank() == 0:
         line = write_result(o.out, result)
         try:
-            sample(o, model, data.tokenizer, data.splits["valid"].flatten()[:32].tolist())
+            prompt = data.splits["valid"].flatten()[:min(32, o.block_size // 2)]
+            sample(o, model, data.tokenizer, prompt.tolist())
         except (ValueError, KeyError) as e:                 # a token that is in no vocabulary, say
             print(f"no sample: {e}")
         print(line)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from hedgehog import FEATURE_MAPS
 
 SCRIPT = Path(train_lm.__file__)
 SHAPE = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
-         "--micro-batch 2").split()
+         "--micro-batch 2 --position learned").split()
 TINY = [*SHAPE, *"--steps 6 --eval-every 2 --sample-tokens 5".split()]
 LINES = "".join(f"line {i} of {i * i % 97} words\n" for i in range(400))
 
@@ -74,6 +75,11 @@ def failure(capsys, *args):
     return line
 
 
+def options(**more):
+    return train_lm.Options(**dict(dict(device="cpu", precision="fp32", compile=False,
+                                        block_size=16), **more))
+
+
 def log(out):
     """The log without the times."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
@@ -86,14 +92,14 @@ def log(out):
 def test_text_file(capsys, text):
     code, out, err = run(capsys, "--data", text, "--out", "o", *TINY)
     assert code == 0 and "train: 100%" in err
-    assert "bytes" in out and "sample" in out
+    assert "the [prompt]" in out and "softmax's cache would be" in out
     r = json.loads(out.splitlines()[-1])
     assert r == json.loads(Path("o/result.json").read_text())
     assert r["tokens"] == 6 * 4 * 16 and r["steps"] == 6 and r["attention"] == "hedgehog"
     assert [line["step"] for line in log("o")] == [2, 4, 6]
     assert log("o")[-1]["valid"] == r["valid"]
     assert {"seconds", "tokens_per_second", "device", "torch", "seed", "test"} <= set(r)
-    data = train_lm.load_path(Path(text), None, Path("data"))
+    data = train_lm.load_data(options(data=text))
     assert b"".join(data.splits[s].tobytes() for s in train_lm.SPLITS) == LINES.encode()
     assert abs(len(data.splits["valid"]) / len(LINES) - 0.05) < 0.01
 
@@ -101,10 +107,8 @@ def test_text_file(capsys, text):
 def test_figures_cover_the_whole_split(capsys, text):
     """Perplexity and bits per byte against a sum over the split token by token."""
     r = result(capsys, "--data", text, "--out", "o", *TINY)
-    state = train_lm.load_checkpoint(Path("o/checkpoint.pt"))
-    gpt = train_lm.GPT(state["config"])
-    gpt.load_state_dict(state["model"])
-    tokens = train_lm.load_path(Path(text), None, Path("data")).splits["valid"].astype(np.int64)
+    gpt, _ = train_lm.load_model("o", "cpu")
+    tokens = train_lm.load_data(options(data=text)).splits["valid"].astype(np.int64)
     tokens, nats = torch.from_numpy(tokens), []
     for i in range(0, len(tokens) - 1, 16):
         window = tokens[i:i + 17]
@@ -141,41 +145,43 @@ def test_folder_of_text(capsys, small_bpe, pattern):
 
 def test_folder_of_bins(capsys, small_bpe):
     Path("d").mkdir()
-    rng = np.random.default_rng(0)
+    ids = np.random.default_rng(0).integers(0, 258, 1000)
     for split in ("train", "valid", "test"):
-        rng.integers(0, 258, 1000).astype(np.uint16).tofile(f"d/{split}.bin")
+        ids.astype(np.uint16).tofile(f"d/{split}.bin")
     Path("d/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 258,
                                                "valid": {"words": 200, "bytes": 4000}}))
     r = result(capsys, "--data", "d", "--out", "o", *TINY)
     assert r["config"]["vocab_size"] == 258 and "bits_per_byte" in r["valid"]
     Path("d/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 256}))
     assert "vocabulary ends at 255" in failure(capsys, "--data", "d", "--out", "p", *TINY)
-    Path("d/valid.bin").write_bytes(b"")
-    assert "valid.bin is empty" in failure(capsys, "--data", "d", "--out", "p", *TINY)
+    for meta in ({"tokenizer": "x", "vocab_size": 300, "dtype": "float32"}, ["x"], {}):
+        Path("d/meta.json").write_text(json.dumps(meta))
+        assert "meta.json" in failure(capsys, "--data", "d", "--out", "p", *TINY)
     Path("d/meta.json").unlink()
     assert "meta.json" in failure(capsys, "--data", "d", "--out", "p", *TINY)
+    Path("d/meta.json").write_text(json.dumps({"tokenizer": "x", "vocab_size": 70000,
+                                               "dtype": "uint32"}))
+    for split in ("train", "valid"):                        # as the file says, and not as uint16
+        (ids + 60000).astype(np.uint32).tofile(f"d/{split}.bin")
+    Path("d/test.bin").unlink()
+    data = train_lm.load_data(options(data="d"))
+    assert (data.splits["train"] == ids + 60000).all()
+    Path("d/valid.bin").write_bytes(b"")
+    assert "has 0 tokens" in failure(capsys, "--data", "d", "--out", "p", *TINY)
 
 
 def test_stdlib(capsys):
     code, out, _ = run(capsys, "--data", "stdlib", "--out", "o", *SHAPE, "--steps", 2,
                        "--eval-every", 2, "--block-size", 64, "--micro-batch", 64)
-    assert code == 0 and "byte-bigram" in out
-    a, b = (train_lm.load_stdlib(None, None).splits for _ in range(2))
-    assert {k: len(v) for k, v in a.items()} == {k: len(v) for k, v in b.items()}
+    assert code == 0 and "stdlib-3" in out
+    a, b = (train_lm.read_stdlib() for _ in range(2))
+    assert a == b
     assert len(a["train"]) > 50 * len(a["valid"]) * 0.3 and len(a["test"]) > 10_000
-
-
-def test_bigram_baseline():
-    raw = {"train": b"abab" * 1000, "valid": b"abababab"}
-    data = train_lm.from_raw("x", "bytes", raw, None)
-    bits = train_lm.bigram_bits_per_byte(data)
-    a, b = -np.log2(2001 / 2256), -np.log2(2000 / 2255)    # after a, after b, with add-one counts
-    assert bits == pytest.approx((4 * a + 3 * b) / 7)
 
 
 def test_recall_task():
     data = train_lm.Recall(63)
-    x, y = data.batch("train", [0, 1, 2], 63)
+    x, y = data.batch("train", [0, 1, 2])
     for keys_values, targets in zip(x.tolist(), y.tolist()):
         table = {}
         for t in range(0, 63, 2):
@@ -184,7 +190,7 @@ def test_recall_task():
             if t + 1 < 63:
                 assert targets[t + 1] == -1
                 assert table.setdefault(key, keys_values[t + 1]) == keys_values[t + 1]
-    _, y = data.batch("valid", range(100), 63)
+    _, y = data.batch("valid", range(100))
     assert (y[:, :-1] == -1).all() and (y[:, -1] >= 16).all()
     assert not np.array_equal(data.splits["valid"], data.splits["test"])
 
@@ -218,7 +224,7 @@ def wikitext(monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path == "/missing" or "urllib" in self.headers["User-Agent"]:
+            if self.path == "/missing" or "urllib" in self.headers["User-Agent"].lower():
                 return self.send_error(403)
             self.send_response(200)
             self.send_header("Content-Length", str(len(whole)))
@@ -239,7 +245,7 @@ def wikitext(monkeypatch):
 
 
 def test_wikitext_second_mirror(capsys, wikitext, small_bpe):
-    wikitext("missing", "cut", "whole")
+    wikitext("missing", "whole")
     r = result(capsys, "--data", "wikitext103", "--out", "o", *TINY)
     assert r["data"] == "wikitext-103-raw" and r["tokenizer"] == "gpt2"
     wikitext("missing")                                     # what is there is not fetched again
@@ -247,11 +253,11 @@ def test_wikitext_second_mirror(capsys, wikitext, small_bpe):
     assert not [p for p in Path("data").rglob("*.part*")]
 
 
-def test_wikitext_not_to_be_had(capsys, wikitext):
-    wikitext("missing", "cut")
+@pytest.mark.parametrize("path", ["missing", "cut"])
+def test_wikitext_not_to_be_had(capsys, wikitext, path):
+    wikitext(path)
     line = failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
-    assert "wikitext-103-raw-v1.zip" in line and "--data stdlib" in line
-    assert not list(Path("data").iterdir()) and not Path("o").exists()
+    assert "wikitext-103-raw-v1.zip" in line and "--data stdlib" in line and not Path("o").exists()
 
 
 def test_wikitext_zip_that_is_there(capsys, wikitext, small_bpe):
@@ -261,13 +267,13 @@ def test_wikitext_zip_that_is_there(capsys, wikitext, small_bpe):
     result(capsys, "--data", "wikitext103", "--out", "o", *TINY)
     with open("data/wikitext-103-raw/wiki.valid.raw", "a") as f:
         f.write("one more\n")
-    assert "401 lines" in failure(capsys, "--data", "wikitext103", "--out", "p", *TINY)
+    assert "has not 400 lines" in failure(capsys, "--data", "wikitext103", "--out", "p", *TINY)
 
 
 def test_wikitext_broken_zip(capsys, wikitext):
     Path("data").mkdir()
     Path("data/wikitext-103-raw-v1.zip").write_bytes(b"PK no zip")
-    assert "delete it" in failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+    assert "put the zip at" in failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
 
 
 # --- stopping and going on ------------------------------------------------------------------------
@@ -296,10 +302,9 @@ def test_resume_after_kill_is_the_uninterrupted_run(capsys, text):
     assert not Path("killed/result.json").exists()
     with open("killed/log.jsonl", "a") as f:                # logged, but not in the checkpoint
         f.write(json.dumps({"step": 59, "train_loss": 0.0}) + "\n")
-    result(capsys, *LONG, "--out", "killed", "--resume")
+    result(capsys, "--out", "killed", "--resume")
     assert log("killed") == log("whole")                    # to the last bit
-    a, b = (train_lm.load_checkpoint(Path(out) / "checkpoint.pt")["model"]
-            for out in ("whole", "killed"))
+    a, b = (train_lm.load_checkpoint(out)["model"] for out in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -311,9 +316,54 @@ def test_ctrl_c_saves_and_says_how_to_go_on(capsys, text):
     out, _ = process.communicate()
     assert process.returncode == 130
     command = out.splitlines()[-1].split("to go on: python ")[1].split()
-    assert command[-1] == "--resume"
-    assert subprocess.run([sys.executable, *command], capture_output=True).returncode == 0
+    assert command == ["train_lm.py", "--resume", "--out", "stopped"]
+    assert start(*command[1:]).wait() == 0
     assert log("stopped") == log("whole")
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_ctrl_c_in_an_evaluation(capsys, text, monkeypatch, when):
+    """The evaluation at step 10 is done again after --resume, as in the uninterrupted run."""
+    args = [*LONG, "--steps", "20", "--eval-every", "10"]
+    result(capsys, *args, "--out", "whole")
+    evaluate, calls = train_lm.evaluate, []
+
+    def interrupted_at(model, task, split, o, interrupted=()):
+        calls.append(split)
+        if len(calls) == when + 1:
+            interrupted.append(True)
+        return evaluate(model, task, split, o, interrupted)
+
+    monkeypatch.setattr(train_lm, "evaluate", interrupted_at)
+    assert run(capsys, *args, "--out", "stopped")[0] == 130
+    assert calls[-1] == ("valid" if when == 0 else "test")
+    r = result(capsys, "--out", "stopped", "--resume")
+    assert log("stopped") == log("whole") and r["test"]["loss"] > 0
+
+
+def test_resumed_options(capsys, text):
+    """What may change is applied, what may not is refused by name, the rest is the checkpoint's."""
+    result(capsys, "--data", text, "--out", "o", *TINY)
+    for args, words in (("--n-layer 2", "--n-layer 2: the run to --resume has 1"),
+                        ("--seed 1", "--seed 1"), ("--attention elu", "has hedgehog"),
+                        ("--steps 6", "is finished")):
+        assert words in failure(capsys, "--out", "o", "--resume", *args.split())
+    r = result(capsys, "--out", "o", "--resume", "--steps", 9, "--weight-decay", 0.5, "--n-head", 2)
+    saved = train_lm.load_checkpoint("o")["options"]
+    assert r["steps"] == 9 and saved["weight_decay"] == 0.5 and saved["data"] == text
+    assert [line["step"] for line in log("o")] == [2, 4, 6, 8, 9]
+    Path(text).write_text(LINES.replace("line", "row"))     # another text of the same name
+    assert "is not the text" in failure(capsys, "--out", "o", "--resume", "--steps", 12)
+
+
+def test_every_field_of_the_config_is_an_option_that_counts(capsys, text):
+    given = dict(n_layer=2, n_head=1, n_embd=24, block_size=8, dropout=0.25, attention="t2r,elu",
+                 position="rotary", feature_dim=9)
+    names = {f.name for f in fields(train_lm.GPTConfig)} & {f.name for f in fields(train_lm.Options)}
+    assert names == set(given)
+    args = [x for k, v in given.items() for x in ("--" + k.replace("_", "-"), v)]
+    config = result(capsys, "--data", text, "--out", "o", *TINY, *args)["config"]
+    assert {k: config[k] for k in given} == given
 
 
 def test_batches_do_not_depend_on_where_a_run_was_cut():
@@ -327,10 +377,6 @@ def test_checkpoint_errors(capsys, text):
     result(capsys, "--data", text, "--out", "o", *TINY)
     before = Path("o/checkpoint.pt").read_bytes()
     assert "--overwrite" in failure(capsys, "--data", text, "--out", "o", *TINY)
-    line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume", "--n-layer", 2)
-    assert "checkpoint.pt has n_layer 1, this run has 2" in line
-    line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume", "--attention", "elu")
-    assert "hedgehog" in line
     assert Path("o/checkpoint.pt").read_bytes() == before
     Path("o/checkpoint.pt").write_bytes(before[:len(before) // 2])
     line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume")
@@ -343,20 +389,20 @@ def test_full_disk_keeps_the_checkpoint_before(text):
     base = [*TINY, "--data", text, "--out", "o"]
     assert start(*base).wait() == 0
     before = Path("o/checkpoint.pt").read_bytes()
-    process = start(*base, "--steps", 8, "--resume", preexec_fn=lambda: resource.setrlimit(
+    process = start("--out", "o", "--steps", 8, "--resume", preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)))
     _, err = process.communicate()
     assert process.returncode == 2 and "cannot write o/checkpoint.pt" in err.splitlines()[-1]
     assert Path("o/checkpoint.pt").read_bytes() == before
-    assert not list(Path("o").glob("*.part"))
+    assert not list(Path("o").glob("*.part*"))
 
 
 def test_a_checkpoint_is_renamed_into_place(tmp_path):
     """Not written over: a kill in the middle of that would leave half a file."""
     path = tmp_path / "checkpoint.pt"
-    train_lm.save_checkpoint(path, {"step": 1})
+    train_lm.write_whole(path, lambda f: torch.save({"step": 1}, f))
     with open(path, "rb") as first:
-        train_lm.save_checkpoint(path, {"step": 2})
+        train_lm.write_whole(path, lambda f: torch.save({"step": 2}, f))
         assert torch.load(first)["step"] == 1               # the first file is as it was
     assert torch.load(path)["step"] == 2
 
@@ -364,9 +410,10 @@ def test_a_checkpoint_is_renamed_into_place(tmp_path):
 def test_sample_from_a_checkpoint(capsys, text):
     result(capsys, "--data", text, "--out", "o", *TINY)
     code, out, _ = run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)
-    assert code == 0 and out.startswith("line 7")
-    assert run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)[1] == out
-    assert "at most 15" in failure(capsys, "--out", "o", "--sample", "x" * 16)
+    assert code == 0 and out.startswith("[line 7]")
+    again = run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)[1]
+    assert again.splitlines()[0] == out.splitlines()[0]
+    assert "from 1 to 15" in failure(capsys, "--out", "o", "--sample", "x" * 16)
 
 
 # --- several processes, errors --------------------------------------------------------------------
@@ -375,13 +422,12 @@ def test_sample_from_a_checkpoint(capsys, text):
 def test_training_is_compiled_on_a_gpu_or_if_asked(capsys, text, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    options = ["--data", text, *TINY]
-    plain = result(capsys, *options, "--out", "plain")
+    args = ["--data", text, *TINY]
+    plain = result(capsys, *args, "--out", "plain")
     assert not compiled
-    assert result(capsys, *options, "--out", "fast", "--compile")["valid"] == plain["valid"]
+    assert result(capsys, *args, "--out", "fast", "--compile")["valid"] == plain["valid"]
     assert len(compiled) == 1
-    on_gpu = lambda *args: train_lm.parse_args(["--device", "cuda", *args]).compile
-    assert on_gpu() and not on_gpu("--no-compile")
+    assert options(device="cuda", compile=None).compile
 
 
 def test_two_processes_give_the_losses_of_one(capsys, text):
@@ -397,20 +443,81 @@ def test_two_processes_give_the_losses_of_one(capsys, text):
         assert a["valid"] == pytest.approx(b["valid"], rel=1e-5)
 
 
-def test_accumulation_gives_the_losses_of_one_batch(capsys, text):
-    args = ["--data", text, *TINY]
+@pytest.mark.parametrize("data", ["text", "recall"])
+def test_accumulation_gives_the_losses_of_one_batch(capsys, text, data):
+    """In recall sequences have different numbers of targets: micro-batches weigh by these."""
+    args = (["--data", text, *TINY] if data == "text" else
+            [*TINY, "--data", "recall", "--block-size", 15])
     result(capsys, *args, "--out", "one")
     result(capsys, *args, "--out", "two", "--micro-batch", 4)
-    for a, b in zip(log("one"), log("two")):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+    result(capsys, *args, "--out", "three", "--micro-batch", 3)
+    for other in ("two", "three"):
+        for a, b in zip(log("one"), log(other)):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+def test_the_recipe(text):
+    """AdamW's betas, decay of matrices only, clipping, warm-up and cosine, evaluation mode."""
+    data, o = train_lm.load_data(options(data=text)), options(data=text, batch_size=2, grad_clip=0.5)
+    model = train_lm.GPT(train_lm.GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2,
+                                            n_embd=16, dropout=0.5))
+    optimizer = train_lm.adamw(model.parameter_groups(0.1), 1e-3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    norms = []
+    for clip in (0.5, 0.0):
+        step = optimizer.step
+        optimizer.step = lambda: norms.append(torch.stack(
+            [p.grad.norm() for p in model.parameters()]).norm().item())
+        before = torch.random.get_rng_state()
+        train_lm.take_step(model, optimizer, data, 0, options(data=text, batch_size=2,
+                                                              grad_clip=clip))
+        torch.random.set_rng_state(before)
+        optimizer.step = step
+    assert norms[0] == pytest.approx(0.5, rel=1e-4) and norms[1] > 0.6
+    rates = [train_lm.learning_rate(step, 100, 1.0, 0.1) for step in (0, 9, 10, 55, 99)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1], abs=1e-3)
+    model.train()
+    losses = {train_lm.evaluate(model, data, "valid", o)["loss"] for _ in range(2)}
+    assert len(losses) == 1 and model.training              # no dropout, and on again
+
+
+def test_without_clipping_a_run_trains(capsys, text):
+    result(capsys, "--data", text, "--out", "o", *TINY, "--grad-clip", 0)
+    assert log("o")[-1]["train_loss"] < log("o")[0]["train_loss"]
+
+
+def test_a_sample_that_fails_costs_no_result(capsys, text, monkeypatch):
+    def fails(*args):
+        raise UnicodeEncodeError("charmap", "x", 0, 1, "no such character")
+    monkeypatch.setattr(train_lm, "sample", fails)
+    r = result(capsys, "--data", text, "--out", "o", *TINY)
+    assert r == json.loads(Path("o/result.json").read_text())
+
+
+def test_a_hybrid_trains(capsys, text):
+    r = result(capsys, "--data", text, "--out", "o", *TINY, "--n-layer", 2, "--attention",
+               "hedgehog,softmax")
+    names = train_lm.load_checkpoint("o")["model"]
+    assert r["attention"] == "hedgehog,softmax" and "blocks.0.attn.mix.feature_map.w_q" in names
+    assert "blocks.1.attn.mix.feature_map.w_q" not in names
+
+
+def test_text_that_is_not_utf8(capsys, small_bpe):
+    Path("latin.txt").write_bytes(("café\n" * 400).encode("latin-1"))
+    line = failure(capsys, "--data", "latin.txt", "--tokenizer", "gpt2", *TINY)
+    assert "byte 3 is not UTF-8" in line and "--tokenizer bytes" in line
+    result(capsys, "--data", "latin.txt", "--out", "o", *TINY)
 
 
 @pytest.mark.parametrize("args, words", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--steps 0", "--steps"), ("--steps x", "--steps"), ("--lr -1", "--lr"),
-    ("--epochs 0", "--epochs"), ("--dropout 1", "dropout 1.0 is not"), ("--seed -1", "--seed"),
-    ("--attention linear", "--attention"),
-    ("--steps 3 --epochs 2", "one of them"),
+    ("--epochs 0", "--steps 0"), ("--dropout 1", "dropout 1.0 is not"), ("--seed -1", "--seed"),
+    ("--warmup 100", "--warmup"), ("--temperature inf", "--temperature"), ("--lr nan", "--lr"),
+    ("--epochs inf", "--epochs"), ("--seed 18446744073709551616", "--seed"),
+    ("--attention linear", "'linear' is not one of"), ("--preset huge", "--preset huge"),
+    ("--steps 3 --epochs 2", "not both"),
     ("--n-head 3", "n_embd 16 is not a multiple of n_head 3"),
     ("--device tpu9", "--device tpu9"),
     ("--data nowhere", "nowhere is neither"),
@@ -423,7 +530,7 @@ def test_one_clear_line_and_exit_code_2(capsys, text, monkeypatch, args, words):
         raise ConnectionError
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     assert words in failure(capsys, "--data", text, *SHAPE, *args.split())
-    assert not Path("out").exists() or not list(Path("out").rglob("*.pt"))
+    assert not list(Path(".").rglob("*.pt"))
 
 
 def test_empty_and_incomplete_data(capsys):
@@ -437,7 +544,7 @@ def test_empty_and_incomplete_data(capsys):
 def test_a_recall_model_has_no_text(capsys):
     args = ["--data", "recall", "--block-size", 15, "--n-layer", 1, "--steps", 1, "--out", "o"]
     code, out, _ = run(capsys, *args)
-    assert code == 0 and "no sample" in out
+    assert code == 0 and "prompt" not in out
     assert "no text" in failure(capsys, "--data", "recall", "--out", "o", "--sample", "c 7")
 
 
@@ -449,6 +556,7 @@ def test_data_smaller_than_a_batch(capsys):
 
 
 def test_text_without_line_ends_is_split_too():
-    Path("one.txt").write_text("x" * 1000)
-    splits = train_lm.load_path(Path("one.txt"), None, Path("data")).splits
-    assert [len(splits[s]) for s in train_lm.SPLITS] == [900, 50, 50]
+    for text in ("x" * 1000, "y" * 880 + "\n" + "x" * 119):
+        Path("one.txt").write_text(text)
+        splits = train_lm.load_data(options(data="one.txt")).splits
+        assert [len(splits[s]) for s in train_lm.SPLITS] == [900, 50, 50]
