@@ -1,15 +1,17 @@
-"""The tables of README.md and tutorial.md, made from the raw results in figures/results.jsonl.
+"""The tables of README.md and figures/README.md, made from the raw results in results.jsonl.
 
     python tests/tables.py      rewrites what is between <!-- table KIND WORDS --> and <!-- end -->
 
-A line of results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the last
-line that hedgehog.py prints. KIND is recall, scratch, budget (softmax, Hedgehog and its gate on the
-CPU's text, by steps), distill, gap (a line for each conversion on enwiki), teachers (what is left
-after those on the CPU's text, by teacher), speed (of short training runs) or generation; WORDS, if
-any, choose the tables whose title has all of them.
+A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the
+last line that bench_generation.py prints. KIND is headline (README.md's), recall, scratch, budget
+(softmax, Hedgehog and its gate on the CPU's text, by steps), distill, gap (a line for each
+conversion on enwiki), teachers (what is left after those on the CPU's text, by teacher), speed (of
+short training runs) or generation; WORDS, if any, choose the tables whose title has all of them.
+Gaps of models of bytes are in nats per byte, of GPT-2 tokens in per cent of perplexity per token.
 """
 
 import json
+import math
 import re
 import shlex
 import textwrap
@@ -151,12 +153,13 @@ def compare(r):
 
     rows = []
     for name, found in sorted(by_map.items(), key=lambda x: x[1]["stage 2"][r["figure"]]):
-        above = 100 * (found["stage 2"][r["figure"]] / best - 1)
-        rows.append([name, *cells(r["figure"], 2, 3), f"{above:.1f}", *cells("kl", 2, 3),
+        above = math.log(found["stage 2"][r["figure"]] / best)
+        rows.append([name, *cells(r["figure"], 2, 3), f"{above:.3f}", *cells("kl", 2, 3),
                      *cells("entropy", 2, 2), *cells("monotonicity", 2, 2)])
     return f"**{r['data']}, every map**\n\n" + markdown(
-        ["map", f"{r['figure']}: swapped", "stage 1", "stage 2", "above softmax, %", "KL: swapped",
-         "stage 1", "stage 2", "entropy: swapped", "stage 1", "monotonicity: swapped", "stage 1"],
+        ["map", f"{r['figure']}: swapped", "stage 1", "stage 2", "nats per byte above softmax",
+         "KL: swapped", "stage 1", "stage 2", "entropy: swapped", "stage 1",
+         "monotonicity: swapped", "stage 1"],
         rows, [r])
 
 
@@ -171,8 +174,8 @@ def budget(lines):
     for which in names:
         rows.append([which, *(f"{ppl[n][which]:.2f}" for n in steps)])
         if which != "softmax":
-            rows.append(["above softmax, %", *(
-                f"{100 * (ppl[n][which] / ppl[n]['softmax'] - 1):.1f}" for n in steps)])
+            rows.append(["nats per byte above softmax", *(
+                f"{math.log(ppl[n][which] / ppl[n]['softmax']):.3f}" for n in steps)])
     return markdown(["steps", *(f"{n:,}" for n in steps)], rows,
                     [r for n in steps for which in names for r in by_steps[n][which]])
 
@@ -196,10 +199,15 @@ def above_softmax(r, lines):
     return 100 * (stages(r)["stage 2"]["perplexity"] / softmax_alike(r, lines) - 1)
 
 
+def distilled(options):
+    """Whether there was a stage 1; older lines have another name for the option."""
+    return options.get("distill", not options.get("no_distill"))
+
+
 def conversion(r):
     """The map of a run, with the options that make a difference."""
     o = r["options"]
-    words = [o["feature_map"], *(["--no-distill"] if o["no_distill"] else []),
+    words = [o.get("feature_map") or o["attention"], *([] if distilled(o) else ["--no-distill"]),
              *(f"--{key.replace('_', '-')} {o[key]}" for key in ("feature_dim", "lora")
                if o.get(key))]
     return " ".join(words)
@@ -215,7 +223,7 @@ def gap(lines):
                      ("the teacher", "perplexity", 1), ("swapped", "perplexity", 0),
                      ("stage 1", "perplexity", 1), ("stage 1", "kl", 2),
                      ("stage 2", "perplexity", 1))]
-        steps = "-" if r["options"]["no_distill"] else r["options"]["distill_steps"]
+        steps = r["options"]["distill_steps"] if distilled(r["options"]) else "-"
         rows.append([conversion(r), f"{steps}", f"{r['options']['steps']:,}", *cells,
                      f"{softmax_alike(r, lines):.1f}", f"{above_softmax(r, lines):.1f}"])
     return markdown(["map", "steps 1", "steps 2", "teacher", "swapped", "stage 1", "its KL",
@@ -223,15 +231,15 @@ def gap(lines):
 
 
 def teachers(lines):
-    """KL after stage 1, and per cent above softmax after stage 2: a column for each teacher."""
+    """KL after stage 1, and nats per byte above softmax after stage 2, by teacher."""
     columns = {"teacher": "default", "context-512": "context 512", "softmax-8400": "8,400 steps"}
     table = {}
     for r in lines:
         found, o = stages(r), r["options"]
         steps = f" --steps {o['steps']}" if o["steps"] != 400 else ""
-        teacher = Path(o.get("teacher", "teacher")).name
+        teacher = Path(o.get("teacher") or "teacher").name
         table.setdefault(conversion(r) + steps, {})[teacher] = (
-            f"{found['stage 1']['kl']:.3f}, {above_softmax(r, lines):.1f}")
+            f"{found['stage 1']['kl']:.3f}, {math.log(1 + above_softmax(r, lines) / 100):.3f}")
     rows = [[name, *(cells.get(teacher, "-") for teacher in columns)]
             for name, cells in sorted(table.items())]
     return markdown(["map", *columns.values()], rows, lines)
@@ -250,12 +258,55 @@ def distill(title, lines):
 
 def converted(r, data):
     return (r.get("figure") == "perplexity" and r["data"].startswith(data)
-            and "--compare" not in r["command"])
+            and "--compare" not in r["command"] and "gguf" not in r["command"])
+
+
+PAPER_BYTES_PER_TOKEN = 4.5     # about, of GPT-2's tokens on WikiText-103
+
+
+def headline(lines):
+    """Like beside like: softmax, Hedgehog, and nats per byte between them, as in the paper."""
+    def last(fits):
+        return [r for r in lines if fits(r)][-1]
+
+    def trained(data, attention, steps):
+        return last(lambda r: r.get("attention") == attention and r["data"].startswith(data)
+                    and r.get("steps") == steps)
+
+    recalled = runs(r for r in lines if r["data"] == "recall")
+    rows = [["associative recall, % right", *(
+        f"{100 * mean(r['valid']['accuracy'] for r in recalled[a]):.1f}"
+        for a in ("softmax", "hedgehog")), "", ""]]
+    paper = [f"{math.log(a / b) / PAPER_BYTES_PER_TOKEN:.3f}"
+             for a, b in ((20.8, 18.6), (16.7, 15.8))]
+    used, per_byte = [], None
+    for what, data, steps, theirs in (
+            ("from scratch, 124M on enwiki-88m, perplexity per token", "enwiki-88m", 5368, paper[0]),
+            ("from scratch, 0.9M on Python's source, perplexity per byte", "stdlib", 8400, "")):
+        pair = [trained(data, a, steps)["valid"] for a in ("softmax", "hedgehog")]
+        used += [trained(data, a, steps) for a in ("softmax", "hedgehog")]
+        gap = (pair[1]["bits_per_byte"] - pair[0]["bits_per_byte"]) * math.log(2)
+        per_byte = per_byte or pair[0]["loss"] / (pair[0]["bits_per_byte"] * math.log(2))
+        rows.append([what, *(f"{x['perplexity']:.2f}" for x in pair), f"{gap:.3f}", theirs])
+    for what, r, bytes_per_token, theirs in (
+            ("converted, the 124M model", last(lambda r: converted(r, "enwiki") and distilled(
+                r["options"]) and r["options"].get("feature_map") == "hedgehog"
+                and r["options"]["steps"] == 2400), per_byte, paper[1]),
+            ("converted, 0.9M on Python's source", last(
+                lambda r: r.get("rows") and r["command"] == "python distill.py"), 1.0, "")):
+        a, b = (stages(r)[x]["perplexity"] for x in ("finetuned", "stage 2"))
+        rows.append([what, f"{a:.2f}", f"{b:.2f}", f"{math.log(b / a) / bytes_per_token:.3f}",
+                     theirs])
+        used.append(r)
+    return markdown(["", "softmax", "Hedgehog", "nats per byte above softmax", "the paper's"], rows,
+                    used)
 
 
 TITLED = {"recall": recall, "scratch": scratch, "distill": distill, "speed": speed,
           "generation": generation}         # a table for each title
-SINGLE = {"budget": (budget, lambda r: "attention" in r and r["data"].startswith("stdlib")),
+SINGLE = {"headline": (headline, lambda r: True),
+          "budget": (budget, lambda r: "attention" in r and r["data"].startswith("stdlib")
+                     and r["config"]["position"] == "learned"),
           "gap": (gap, lambda r: converted(r, "enwiki")),
           "teachers": (teachers, lambda r: converted(r, "stdlib"))}     # of the lines that fit
 
@@ -280,5 +331,5 @@ def rewrite(text, lines):
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "README.md", ROOT / "tutorial.md"):
+    for path in (ROOT / "README.md", ROOT / "figures" / "README.md"):
         path.write_text(rewrite(path.read_text(), results()))
