@@ -50,7 +50,8 @@ from train_lm import autocast, option
 class Options(train_lm.Options):
     """train_lm.py's options and these. --attention is what the layers are converted to, --steps and
     --lr are stage 2's; shape, data and batch size are the teacher's where there is one."""
-    teacher: str = option("", "softmax run of train_lm.py on text (default: one is trained)")
+    teacher: str = option("", "softmax run of train_lm.py on text, or a model of transformers by "
+                          "name, folder or GGUF file (default: one is trained)")
     teacher_steps: int = option(1300, "of a teacher that is trained; 0: by --epochs", 0)
     teacher_lr: float = option(3e-3, "its learning rate", 0, 1e3)
     distill: bool = option(True, "stage 1")
@@ -62,7 +63,7 @@ class Options(train_lm.Options):
     lora: int = option(0, "rank of adapters on q, k, v and output projections; with them stage 2 "
                        "trains nothing else but the maps. 0: it trains all", 0)
     lora_alpha: float = option(16.0, "their alpha", 0, 1e6)
-    task: str = option("", "instead of text: listops, or a folder in GLUE's layout")
+    task: str = option("", "instead of text: listops, a folder in GLUE's layout, or one of images")
     listops_low: int = option(10, "expressions have more tokens; Long Range Arena: 500", 0)
     listops_high: int = option(50, "and fewer; Long Range Arena: 2000", 3)
     listops_examples: int = option(20000, "to train on; Long Range Arena: 96000", 1)
@@ -519,11 +520,13 @@ def convert(task, teacher, o):
     rows = [row("softmax, the teacher", model, softmax, task, o),
             row(f"{label}, swapped", model, linear, task, o)]
     if o.distill and any(True for mix in linear for _ in mix.parameters()):
-        begin, losses = time.perf_counter(), distill(model, linear, task, seeds[0])
+        begin = time.perf_counter()
+        losses = distill(model, linear, task, seeds[0])
+        seconds = time.perf_counter() - begin
         rows.append(row(f"{label}, stage 1", model, linear, task, o))
         put(linear, layers)
         save("stage1", model, task, o, train_lm.adamw(model.parameter_groups(o.weight_decay), o.lr),
-             o.distill_steps, time.perf_counter() - begin, losses)
+             o.distill_steps, seconds, losses)
     put(linear, layers)
     train("stage2", model, task, seeds[1], o.steps, o.lr, o.lora)
     rows.append(row(f"{label}, stage 2", model, linear, task, o))

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hedgehog import GPTConfig, LinearAttention, SoftmaxAttention, make_mix
+from hedgehog import GPTConfig, SoftmaxAttention, make_mix
 
 try:
     import transformers

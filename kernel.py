@@ -547,7 +547,7 @@ def forward_outputs(q, k, v, w_q, w_k, state):
 
 @torch.library.custom_op("hedgehog::attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe) -> list[Tensor]:
-    B, H, T, D = v.shape
+    B, H, T, _ = v.shape
     segment = segment_length(B, H, T)
     grid = B * H, -(-T // segment)
     y, inv_den, end, before = forward_outputs(q, k, v, w_q, w_k, state)
@@ -649,10 +649,12 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
     (B, H, T, F). Returns y and the state (S, z) after the last token; gradients flow to all inputs,
     through the states too.
     """
+    dtype = v.dtype                                         # fp32 maps work in a bf16 model
     if torch.is_autocast_enabled(v.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(v.device.type)) for x in (q, k, v))
+        dtype = torch.get_autocast_dtype(v.device.type)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     if w_q is not None:
-        w_q, w_k = w_q.contiguous(), w_k.contiguous()
+        w_q, w_k = w_q.to(dtype).contiguous(), w_k.to(dtype).contiguous()
     if state is not None:
         state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
     y, _, end, _ = forward(*(rows_contiguous(x) for x in (q, k, v)), w_q, w_k, state)

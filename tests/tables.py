@@ -281,7 +281,8 @@ def headline(lines):
              for a, b in ((20.8, 18.6), (16.7, 15.8))]
     used, per_byte = [], None
     for what, data, steps, theirs in (
-            ("from scratch, 124M on enwiki-88m, perplexity per token", "enwiki-88m", 5368, paper[0]),
+            ("from scratch, 124M on enwiki-88m, perplexity per token", "enwiki-88m", 5368,
+             paper[0]),
             ("from scratch, 0.9M on Python's source, perplexity per byte", "stdlib", 8400, "")):
         pair = [trained(data, a, steps)["valid"] for a in ("softmax", "hedgehog")]
         used += [trained(data, a, steps) for a in ("softmax", "hedgehog")]

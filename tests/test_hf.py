@@ -1,5 +1,5 @@
-"""Models of Hugging Face: the seam, both stages, adapters, generation, saving. Tiny random models of
-the four families, saved and loaded by the real path; no network."""
+"""Models of Hugging Face: the seam, both stages, adapters, generation, saving. Tiny random models
+of the four families, saved and loaded by the real path; no network."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 import distill
 import hf
 import train_lm
-from hedgehog import GPT, GPTConfig, SoftmaxAttention
+from hedgehog import GPT, SoftmaxAttention
 
 SMALL = dict(vocab_size=270, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64)
@@ -275,7 +275,8 @@ def test_lora(stock, family):
     assert not torch.allclose(adapted, plain, atol=1e-3)
     distill.merge_lora(model)
     assert torch.allclose(logits(model, idx, mask), adapted, atol=1e-5)
-    changed = {name for name, x in model.hf.state_dict().items() if not torch.equal(x, before[name])}
+    after = model.hf.state_dict()
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
     assert len(changed) == len(model.projections())
     for name in changed:
         assert any(part in name for part in ("attn", "attention")) and name.endswith("weight")

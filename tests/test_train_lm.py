@@ -359,8 +359,9 @@ def test_resumed_options(capsys, text):
 def test_every_field_of_the_config_is_an_option_that_counts(capsys, text):
     given = dict(n_layer=2, n_head=1, n_embd=24, block_size=8, dropout=0.25, attention="t2r,elu",
                  position="rotary", feature_dim=9)
-    names = {f.name for f in fields(train_lm.GPTConfig)} & {f.name for f in fields(train_lm.Options)}
-    assert names == set(given)
+    config, options = ({f.name for f in fields(cls)} for cls in (train_lm.GPTConfig,
+                                                                 train_lm.Options))
+    assert config & options == set(given)
     args = [x for k, v in given.items() for x in ("--" + k.replace("_", "-"), v)]
     config = result(capsys, "--data", text, "--out", "o", *TINY, *args)["config"]
     assert {k: config[k] for k in given} == given
@@ -459,7 +460,8 @@ def test_accumulation_gives_the_losses_of_one_batch(capsys, text, data, monkeypa
 
 def test_the_recipe(text):
     """AdamW's betas, decay of matrices only, clipping, warm-up and cosine, evaluation mode."""
-    data, o = train_lm.load_data(options(data=text)), options(data=text, batch_size=2, grad_clip=0.5)
+    o = options(data=text, batch_size=2, grad_clip=0.5)
+    data = train_lm.load_data(o)
     model = train_lm.GPT(train_lm.GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2,
                                             n_embd=16, dropout=0.5))
     optimizer = train_lm.adamw(model.parameter_groups(0.1), 1e-3)
