@@ -603,7 +603,10 @@ def load_model(path, device):
     """The model of a checkpoint, and the rest of what is in it."""
     state = load_checkpoint(path)
     model = GPT(state["config"])
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise ValueError(f"{path} has other weights than its config says: train again")
     return model.to(device), state
 
 
@@ -763,7 +766,8 @@ def sample(o, model, tokenizer, prompt):
         caches = model.hidden(idx, [None] * model.config.n_layer)[1]
     kept, per_token = sum(x.nbytes for cache in caches for x in cache), 8 * model.config.n_embd
     print(f"[{decode(ids)}]{decode(text[len(ids):])}\n\n{new} tokens after the [prompt], "
-          f"{speed:,.0f} a second; trained on contexts of {model.config.block_size}")
+          f"{speed:,.0f} a second; the model was trained on contexts of {model.config.block_size}, "
+          "the text beyond is longer than anything that it has seen")
     if "softmax" not in model.config.attentions:
         print(f"the state is {kept:,} bytes whatever the length; softmax's cache would be "
               f"{per_token * model.config.n_layer * len(text):,} bytes by now")
@@ -782,6 +786,9 @@ def one_line_errors(program, run):
     """run()'s exit code, or 2 and one line on what went wrong and what to do."""
     try:
         return run()
+    except KeyboardInterrupt:                               # a second one, or before training
+        print("stopped", file=sys.stderr)
+        return 130
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory: give a smaller --micro-batch"
     except OSError as e:

@@ -563,3 +563,18 @@ def test_text_without_line_ends_is_split_too():
         Path("one.txt").write_text(text)
         splits = train_lm.load_data(options(data="one.txt")).splits
         assert [len(splits[s]) for s in train_lm.SPLITS] == [900, 50, 50]
+
+
+def test_what_used_to_be_a_traceback(capsys, text, monkeypatch):
+    result(capsys, "--data", text, "--out", "o", *TINY)
+    assert "--device meta" in failure(capsys, "--data", text, "--device", "meta", *TINY)
+    assert "surrogates" in failure(capsys, "--out", "o", "--sample", "\udcff")
+    state = torch.load("o/checkpoint.pt")
+    state["model"] = {f"_orig_mod.{name}": x for name, x in state["model"].items()}
+    torch.save(state, "o/checkpoint.pt")
+    assert "other weights" in failure(capsys, "--out", "o", "--sample", "x")
+
+    def interrupted(o):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_lm, "load_data", interrupted)
+    assert run(capsys, "--data", text, "--out", "p", *TINY)[0] == 130
