@@ -649,9 +649,10 @@ def train(o, data):
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite "
                          "replaces it, --out DIR keeps both")
     if rank() == 0:                                         # drop what is newer than the checkpoint
-        old = [line for line in lines if json.loads(line)["step"] <= progress["evaluated"]]
-        write_whole(log, lambda f: f.write("".join(old).encode()))
-        (out / "result.json").unlink(missing_ok=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= progress["evaluated"]]
+        write_whole(log, lambda f: f.write("".join(kept).encode()))
+        for old in (out / "result.json", *out.glob("*.part-*")):    # parts of a killed run
+            old.unlink(missing_ok=True)
         print_header(o, data, raw_model, steps)
 
     def save():

@@ -302,7 +302,9 @@ def test_resume_after_kill_is_the_uninterrupted_run(capsys, text):
     assert not Path("killed/result.json").exists()
     with open("killed/log.jsonl", "a") as f:                # logged, but not in the checkpoint
         f.write(json.dumps({"step": 59, "train_loss": 0.0}) + "\n")
+    Path("killed/checkpoint.pt.part-1").write_bytes(b"killed while saving")
     result(capsys, "--out", "killed", "--resume")
+    assert not list(Path("killed").glob("*.part*"))
     assert log("killed") == log("whole")                    # to the last bit
     a, b = (train_lm.load_checkpoint(out)["model"] for out in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
