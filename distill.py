@@ -767,7 +767,12 @@ def run(argv):
         print(json.dumps(analyze(o)))
         return 0
     out, begin = Path(o.out), time.perf_counter()
-    if (out / "result.json").exists() and not o.overwrite:
+    names = ["stage1", "stage2", "softmax", "scratch", *(["teacher"] if o.task else [])]
+    writes = {(out / name).resolve() for name in names}
+    if o.teacher and {Path(o.teacher).resolve(), Path(o.teacher).resolve().parent} & writes:
+        raise ValueError(f"--out {o.out} would overwrite its own teacher: give another one")
+    old = out / ("teacher" if o.task else "result.json")
+    if (old.exists() or (out / "result.json").exists()) and not o.overwrite:
         raise ValueError(f"{o.out} holds a run already: --overwrite replaces it, --out DIR keeps "
                          "both")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -622,6 +623,8 @@ def test_glue_from_a_language_model(capsys, here):
     ("--task listops --listops-low 1 --listops-high 5 --listops-examples 9000", "too few express"),
     ("--task short --teacher softmax", "no examples"),
     ("--task none --teacher softmax", "no examples"),
+    ("--data text.txt --teacher gone/softmax --out gone --overwrite", "overwrite its own teacher"),
+    ("--task listops --out gone2", "gone2 holds a run already"),
     ("--data recall", "no recall"), ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
     ("--analyze softmax --task listops", "--task"), ("--distill-lr nan", "--distill-lr"),
 ])
@@ -636,6 +639,9 @@ def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
     write_tsv("none", "sentence\tlabel\nx\t1\n", "sentence\tlabel\n")
     Path("gone").mkdir(exist_ok=True)
     Path("gone/result.json").write_text("{}")
+    Path("gone2/teacher").mkdir(parents=True, exist_ok=True)
+    if not Path("gone/softmax").exists():
+        shutil.copytree("softmax", "gone/softmax")
     code, _, err = run(capsys, *args.split())
     assert code == 2
     assert words in err.splitlines()[-1] and err.count("error: ") == 1 and "Traceback" not in err
