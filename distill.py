@@ -108,7 +108,8 @@ def from_teacher(values, given):
     run = given.get("teacher") or given.get("analyze")
     if not run or not is_run(run):
         return values
-    saved = train_lm.load_checkpoint(run)["options"]
+    state = train_lm.load_checkpoint(run)
+    saved = state["options"] | {"tokenizer": state["data"][1]}      # of wiki.*, say, by default
     keys = {"data", "data_dir", "tokenizer", "block_size", *([] if given.get("task") else
                                                              ["batch_size"])}
     return values | {key: saved[key] for key in keys}
@@ -436,7 +437,7 @@ def model_with(config, teacher, seed=0):
 
 
 @torch.no_grad()
-def measure(model, mixes, task, o, batches=4):
+def measure(model, mixes, task, o):
     """How the weights that `mixes` (one a layer) give compare with softmax's, on the q and k that
     validation text has in the layers of the model as it is. Returns figure -> list over layers."""
     layers, softmax, found = model.attention_layers(), SoftmaxAttention(), []
@@ -449,9 +450,9 @@ def measure(model, mixes, task, o, batches=4):
                           entropy(b, key_mask), monotonicity(b, q, k, causal, key_mask)))
 
     model.eval()
-    size, n = min(8, o.micro_batch), task.num_examples("valid")     # T x T weights: few at a time
+    size, n = min(8, o.micro_batch), min(32, task.num_examples("valid"))    # T x T: few at a time
     with watching(layers, look), autocast(o):
-        for i in range(0, min(n, batches * size), size):
+        for i in range(0, n, size):
             batch = task.batch("valid", range(i, min(i + size, n)))
             run_layers(model, *(x.to(o.device) for x in batch))
     table = torch.tensor(found).unflatten(0, (-1, len(layers))).mean(0)     # (layers, 4)

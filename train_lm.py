@@ -363,7 +363,7 @@ def wikitext103(data_dir):
     folder, archive = data_dir / "wikitext-103-raw", data_dir / "wikitext-103-raw-v1.zip"
     data_dir.mkdir(parents=True, exist_ok=True)
     for url in WIKITEXT_URLS:
-        if not folder.exists() and not archive.exists():
+        if not folder.exists() and not zipfile.is_zipfile(archive):     # none, or one cut off
             with contextlib.suppress(OSError, http.client.HTTPException):
                 torch.hub.download_url_to_file(url, str(archive))
     try:
@@ -413,13 +413,13 @@ def load_bins(folder, name, o):
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
         dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta.get("dtype", "uint16")]
-    except (OSError, ValueError, KeyError, TypeError):
+        counts = {split: dict(meta.get(split, {})) for split in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{folder / 'meta.json'} is missing, or names no tokenizer and "
                          "vocab_size, or another dtype than uint16 and uint32")
     paths = {split: folder / f"{split}.bin" for split in SPLITS}
     splits = {split: np.fromfile(path, dtype) for split, path in paths.items() if path.exists()}
-    return Text(name, tokenizer, vocab_size, splits, {s: meta.get(s, {}) for s in splits},
-                o.block_size)
+    return Text(name, tokenizer, vocab_size, splits, counts, o.block_size)
 
 
 def gpt2_encoding():
@@ -544,8 +544,10 @@ def evaluate(model, task, split, o, interrupted=()):
         right += int((logits.argmax(-1) == y).sum())
         n += targets
         if interrupted:
-            return None
+            break
     model.train(training)
+    if interrupted:
+        return None
     loss, right, n = sum_over_processes(o, loss, right, n)
     return task.metrics(split, loss / n, right / n)
 
@@ -637,9 +639,13 @@ def train(o, data):
             raise ValueError(f"--data {o.data} is not the text that {out} was trained on")
         raw_model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
+            group["weight_decay"] = decay                   # the checkpoint's came with its moments
         progress = state["progress"]
         if progress["evaluated"] >= steps and (out / "result.json").exists():
             raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
+        if steps < progress["step"]:
+            raise ValueError(f"--steps {steps}: {out} is at step {progress['step']} already")
         if rank() == 0:                                     # the random numbers saved are its
             torch.set_rng_state(state["rng"])
             if o.device.startswith("cuda") and "cuda_rng" in state:
@@ -671,13 +677,14 @@ def train(o, data):
             valid = evaluate(raw_model, data, "valid", o, interrupted)
             if valid is not None:
                 loss, n = sum_over_processes(o, sum(progress["losses"]), len(progress["losses"]))
-                line = {"step": step, "tokens": step * tokens, "train_loss": loss * world() / n,
+                loss = loss * world() / n if n else None    # of no step since distill.py's
+                line = {"step": step, "tokens": step * tokens, "train_loss": loss,
                         "valid": valid, "seconds": round(progress["seconds"], 1)}
                 progress |= {"valid": valid, "evaluated": step, "losses": []}
                 if rank() == 0:
                     with open(log, "a") as f:
                         f.write(json.dumps(line) + "\n")
-                    bar.write(f"step {step:>6}  train loss {line['train_loss']:.4f}  valid "
+                    bar.write(f"step {step:>6}  train loss {loss or math.nan:.4f}  valid "
                               + "  ".join(f"{k} {v:.4f}" for k, v in valid.items()))
                 save()
             begin = time.perf_counter()
@@ -700,11 +707,13 @@ def train(o, data):
     test = None
     if "test" in data.splits and not interrupted:
         test = evaluate(raw_model, data, "test", o, interrupted)
+    if world() == 1:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupted:
         progress["seconds"] += time.perf_counter() - begin
         progress["losses"] = [float(x) for x in progress["losses"]]
         save()
-        command = ["python", Path(sys.argv[0]).name, "--resume", "--out", o.out]
+        command = ["python", "train_lm.py", "--resume", "--out", o.out]
         print(f"stopped and saved at step {progress['step']}; to go on: {shlex.join(command)}")
         return raw_model, None
     result = {"attention": o.attention, "data": data.name, "tokenizer": data.tokenizer,

@@ -1,8 +1,12 @@
 """The two stages, what they may and may not change, the tasks, and distill.py's command line."""
 
+import io
 import json
 import math
+import shlex
 import shutil
+import signal
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +23,11 @@ from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, SoftmaxAttention, attention_
 from kernel import linear_attention_weights
 
 B, H, T, D = 2, 2, 9, 4
-TINY = ("--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-size 8 --micro-batch 8 "
-        "--steps 150 --eval-every 150 --sample-tokens 5 --position learned").split()
-SHORT = "--micro-batch 4 --distill-steps 3 --steps 3".split()
+PADDING = {"right": (0, slice(6, T)), "left": (0, slice(5)), "a whole sequence": 0,
+           "a block of queries": (slice(B), slice(4, 8)), "all": slice(B)}
+TINY = ("--data text.txt --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-size 10 "
+        "--micro-batch 8 --eval-every 150 --sample-tokens 5 --position learned")
+SHORT = "--data text.txt --teacher softmax --micro-batch 4 --distill-steps 3 --steps 3"
 
 
 def config(**kwargs):
@@ -54,9 +60,9 @@ def noisy_map(name="hedgehog", **kwargs):
     return m
 
 
-def padding():
+def padding(where):
     mask = torch.ones(B, T, dtype=torch.bool)
-    mask[0, 6:] = False
+    mask[PADDING[where]] = False
     return mask
 
 
@@ -90,17 +96,16 @@ def test_monotonicity(causal):
     assert monotonicity(torch.ones_like(softmax), q, k, causal).item() == 0
     # ranks of weights 2 1 3 against logits 1 2 3: Spearman's 1 - 6 (1 + 1) / (3 (9 - 1)) = 0.5
     weights = torch.tensor([[[[0.3, 0.1, 0.6]]]])
-    assert monotonicity(weights, torch.ones(1, 1, 1, 1), torch.tensor([[[[1.0], [2.0], [3.0]]]]),
-                        causal=False).item() == pytest.approx(0.5)
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([[[[1.0], [2.0], [3.0]]]])
+    assert monotonicity(weights, q, k, causal=False).item() == pytest.approx(0.5)
     tied = torch.tensor([[[[0.2, 0.2, 0.6]]]])              # ranks 0.5 0.5 2
-    assert monotonicity(tied, torch.ones(1, 1, 1, 1), torch.tensor([[[[1.0], [2.0], [3.0]]]]),
-                        causal=False).item() == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    assert monotonicity(tied, q, k, causal=False).item() == pytest.approx(1.5 / math.sqrt(3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_changes_no_figure(causal):
     q, k = qk()
-    mask, m = padding(), noisy_map()
+    mask, m = padding("right"), noisy_map()
     weights = linear_attention_weights(*m(q, k, None), causal, mask)
     softmax = softmax_attention_weights(q, k, causal, mask)
     whole = [attention_kl(softmax, weights, mask), entropy(weights, mask),
@@ -108,8 +113,8 @@ def test_padding_changes_no_figure(causal):
     sums, count = [0, 0, 0], [0, 0, 0]
     for b, n in ((0, 6), (1, T)):                           # each sequence alone, without padding
         x, y = q[b:b + 1, :, :n], k[b:b + 1, :, :n]
-        w, a = linear_attention_weights(*m(x, y, None), causal), softmax_attention_weights(x, y,
-                                                                                           causal)
+        w = linear_attention_weights(*m(x, y, None), causal)
+        a = softmax_attention_weights(x, y, causal)
         parts = attention_kl(a, w), entropy(w), monotonicity(w, x, y, causal)
         for i, (part, rows) in enumerate(zip(parts, (n, n, n - causal))):
             sums[i], count[i] = sums[i] + rows * part, count[i] + rows
@@ -136,7 +141,8 @@ def test_no_gradient_where_student_equals_teacher():
     assert min(g.abs().max() for g in torch.autograd.grad(loss, m.parameters())) > 1e-3
 
 
-@pytest.mark.parametrize("causal, mask", [(True, None), (False, None), (False, padding())])
+@pytest.mark.parametrize("causal, mask", [(True, None), (False, None),
+                                          (False, padding("right"))])
 def test_loss_gradient(causal, mask):
     q, k = qk(1.0)
     m = noisy_map()
@@ -150,15 +156,20 @@ def test_loss_gradient(causal, mask):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("mask", [None, padding()])
-def test_loss_is_the_kl_whatever_the_block(causal, mask):
+@pytest.mark.parametrize("where", [None, *PADDING])
+def test_loss_is_the_kl_whatever_the_block(causal, where):
+    """And all is finite, even where a query sees no key or a block has no query."""
     q, k = qk()
-    m = noisy_map()
-    expected = attention_kl(
-        softmax_attention_weights(q, k, causal, mask),
-        linear_attention_weights(*m(q, k, None), causal, mask), mask)
-    for block in (1, 4, T, 100):
-        assert torch.allclose(mimicry_loss(m, q, k, None, causal, mask, block), expected)
+    mask, m = where and padding(where), noisy_map()
+    a = softmax_attention_weights(q, k, causal, mask)
+    b = linear_attention_weights(*m(q, k, None), causal, mask)
+    kl = attention_kl(a, b, mask)
+    figures = kl, entropy(a, mask), entropy(b, mask), monotonicity(b, q, k, causal, mask)
+    assert all(x.isfinite() for x in figures) and (kl > 0.01) == (where != "all")
+    for block in (1, 2, 4, T, 100):
+        loss = mimicry_loss(m, q, k, None, causal, mask, block)
+        assert torch.allclose(loss, kl)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, m.parameters()))
 
 
 def test_gradients_of_exponentials_stay_finite():
@@ -247,22 +258,6 @@ def test_a_hybrid_gets_maps_only_where_it_is_linear():
         "blocks.1.attn.mix.feature_map.w_q", "blocks.1.attn.mix.feature_map.w_k"]
 
 
-@pytest.mark.parametrize("side", ["left", "right", "all"])
-def test_padding_leaves_everything_finite(side):
-    q, k = qk()
-    mask, m = torch.ones(B, T, dtype=torch.bool), noisy_map()
-    mask[0, {"left": slice(0, 5), "right": slice(4, T), "all": slice(0, T)}[side]] = False
-    for causal in (True, False):
-        loss = mimicry_loss(m, q, k, None, causal, mask, block=2)
-        a = softmax_attention_weights(q, k, causal, mask)
-        b = linear_attention_weights(*m(q, k, None), causal, mask)
-        figures = [loss, attention_kl(a, b, mask), entropy(a, mask),
-                   monotonicity(b, q, k, causal, mask)]
-        assert all(x.isfinite() for x in figures)
-        assert torch.allclose(loss, figures[1])
-        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, m.parameters()))
-
-
 # --- stage 2 --------------------------------------------------------------------------------------
 
 
@@ -345,16 +340,20 @@ def write_tsv(folder, train, dev):
     Path(folder, "dev.tsv").write_text(dev)
 
 
-def test_glue_layouts(tmp_path):
+def test_glue_layouts(tmp_path, capsys):
     write_tsv(tmp_path, "gj04\t1\t\tA b.\ngj04\t0\t*\tB a.\n", "gj04\t1\t\tC.\n")
     splits, figure = glue(tmp_path, lambda text: list(text.encode()), 3)
     assert figure == "matthews" and bytes(splits["train"][1][0].astype(np.uint8)) == b"B a"
-    assert [label for _, label in splits["train"]] == [1, 0]
+    assert [label for _, label in splits["train"]] == [1, 0] and not capsys.readouterr().out
     write_tsv(tmp_path, "index\tsentence1\tsentence2\tlabel\n0\tx\ty\tno\n1\tz\tw\tyes\n",
               "index\tsentence1\tsentence2\tlabel\n0\tu\tv\tyes\n")
     splits, figure = glue(tmp_path, lambda text: list(text.encode()), 64)
     assert figure == "accuracy" and bytes(splits["valid"][0][0].astype(np.uint8)) == b"u\nv"
     assert splits["valid"][0][1] == 1
+    write_tsv(tmp_path, "sentence\tlabel\nx\t0\nx\ty\t1\nz\n", "sentence\tlabel\nx\t0\n")
+    splits, _ = glue(tmp_path, lambda text: list(text.encode()), 64)
+    assert len(splits["train"]) == 1        # and lines with other columns are counted
+    assert "train.tsv: 2 of 3 lines have not 2 columns" in capsys.readouterr().out
 
 
 def classification():
@@ -369,15 +368,6 @@ def test_batches_say_what_is_padding():
     assert idx.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
 
 
-def test_shares_of_a_step_sum_to_one():
-    for size, pieces in ((3, [15]), (2, [0, 0]), (1, [0] * 3)):
-        shares = [share for _, share in distill.micro_batches(
-            classification(), 0, options(batch_size=3, micro_batch=size))]
-        assert len(shares) == len(pieces) and sum(shares) == pytest.approx(1)
-        if size == 1:
-            assert sorted(shares) == pytest.approx([3 / 15, 5 / 15, 7 / 15])
-
-
 def test_lora_trains_adapters_and_maps_only(tmp_path):
     model = teacher(attention="hedgehog", causal=False, num_classes=2).float()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -389,23 +379,17 @@ def test_lora_trains_adapters_and_maps_only(tmp_path):
         assert p.requires_grad and (p.grad is None or moved), name
 
 
-def test_teacher_and_stages_draw_other_batches(monkeypatch):
+def test_teacher_and_stages_draw_other_batches(monkeypatch, tmp_path):
     """And softmax's finetuning those of stage 2, with as many steps."""
-    orders, task = {}, text()
-    for stage in ("distill", "finetune"):
-        real = getattr(distill, stage)
-
-        def spy(model, x, *args, stage=stage, real=real):
-            o = args[1] if stage == "distill" else args[0]
-            orders.setdefault(stage, []).append((o.seed, args[2] if stage == "finetune" else None))
-            return real(model, x, *args)
-        monkeypatch.setattr(distill, stage, spy)
-    monkeypatch.setattr(distill, "save", lambda *args: None)
-    monkeypatch.setattr(distill, "log", lambda *args: None)
-    distill.convert(task, teacher().float(), options(steps=2))
-    (first, _), = orders["distill"]
-    second, baseline = orders["finetune"]
-    assert len({0, first, second[0]}) == 3 and second == baseline and second[1] == 2
+    drawn, order = [], train_lm.example_order
+    monkeypatch.setattr(train_lm, "example_order",
+                        lambda *args: drawn.append(order(*args)) or drawn[-1])
+    task = text()
+    distill.convert(task, teacher().float(), options(steps=2, distill_steps=2, out=str(tmp_path)))
+    stage1, stage2, softmax = drawn[:2], drawn[2:4], drawn[4:]
+    first = [order(step, 4, task.num_examples("train"), 0) for step in range(2)]    # a teacher's
+    assert stage2 == softmax and all(a != b for a, b in zip(first + stage1, stage1 + stage2))
+    assert first != stage2
 
 
 def test_classifier_ignores_padding():
@@ -433,21 +417,33 @@ def test_an_encoder_sees_all_and_does_not_generate():
 # --- command line ---------------------------------------------------------------------------------
 
 
+def run(*args, main=distill.main):
+    """Runs main on a command line in pieces; returns exit code, standard output and error."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(shlex.split(" ".join(args)))
+    return code, out.getvalue(), err.getvalue()
+
+
+def result(*args, main=distill.main):
+    """Runs main, which succeeds; returns what it prints last."""
+    code, out, err = run(*args, main=main)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A text and two runs of train_lm.py on it: a softmax teacher and a linear model."""
+    """Two texts and two runs of train_lm.py on one: a softmax teacher and a linear model."""
     folder = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
-    words = [f"w{i} " for i in range(20)]
-    (folder / "text.txt").write_text("".join(f"{words[i]}{words[(i * 7 + 3) % 20]}\n"
-                                             for i in rng.integers(0, 20, 4000)))
+    for name in ("text.txt", "other.txt"):
+        words = rng.integers(0, 20, 4000)
+        (folder / name).write_text("".join(f"w{i} w{(i * 7 + 3) % 20} \n" for i in words))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        for attention in ("softmax", "elu"):
-            args = TINY if attention == "softmax" else [*TINY, "--steps", "1"]
-            assert train_lm.main(["--data", "text.txt", "--attention", attention, "--out",
-                                  attention, *args]) == 0
+        result(TINY, "--attention softmax --out softmax --steps 150", main=train_lm.main)
+        result(TINY, "--attention elu --out elu --steps 1", main=train_lm.main)
     return folder
 
 
@@ -455,156 +451,194 @@ def runs(tmp_path_factory):
 def here(runs, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # not a run's, for pytest
 
 
-def run(capsys, *args, main=None):
-    capsys.readouterr()
-    try:
-        code = (main or distill.main)([str(a) for a in args])
-    except SystemExit as e:
-        code = e.code
-    return code, *capsys.readouterr()
+def weights(run):
+    return train_lm.load_checkpoint(run)["model"]
 
 
-def test_end_to_end(capsys, here):
-    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "d",
-                         "--distill-steps", 80, "--steps", 30, "--micro-batch", 8)
+def test_end_to_end(here):
+    code, out, err = run(SHORT, "--out d --micro-batch 8 --distill-steps 80 --steps 30")
     assert code == 0, err
-    result = json.loads(out.splitlines()[-1])
-    assert result == json.loads(Path("d/result.json").read_text())
-    rows = {r["name"]: r for r in result["rows"]}
-    names = ["softmax, the teacher", "hedgehog, swapped", "hedgehog, stage 1", "hedgehog, stage 2",
-             "softmax, finetuned"]
-    assert list(rows) == names and all(name in out for name in names)
-    assert rows["hedgehog, stage 1"]["kl"] < 0.5 * rows["hedgehog, swapped"]["kl"]
-    assert rows["hedgehog, stage 2"]["perplexity"] < rows["hedgehog, swapped"]["perplexity"]
-    assert rows["softmax, finetuned"]["perplexity"] < rows["softmax, the teacher"]["perplexity"]
-    assert rows["softmax, the teacher"]["perplexity"] == pytest.approx(
+    whole, names = json.loads(out.splitlines()[-1]), [
+        "softmax, the teacher", "hedgehog, swapped", "hedgehog, stage 1", "hedgehog, stage 2",
+        "softmax, finetuned"]
+    assert whole == json.loads(Path("d/result.json").read_text())
+    assert [r["name"] for r in whole["rows"]] == names and all(name in out for name in names)
+    teacher, swapped, stage1, stage2, finetuned = whole["rows"]
+    assert stage1["kl"] < 0.5 * swapped["kl"]
+    assert stage2["perplexity"] < swapped["perplexity"]
+    assert finetuned["perplexity"] < teacher["perplexity"]
+    assert teacher["perplexity"] == pytest.approx(
         json.loads(Path("softmax/result.json").read_text())["valid"]["perplexity"])
-    assert rows["softmax, the teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert teacher["kl"] == pytest.approx(0, abs=1e-6)
     lines = [json.loads(line) for line in Path("d/log.jsonl").read_text().splitlines()]
-    assert [line for line in lines if "name" in line] == result["rows"]
+    assert [line for line in lines if "name" in line] == whole["rows"]
     assert [line["stage"] for line in lines if "stage" in line] == ["stage1", "stage2", "softmax"]
     # train_lm.py samples from each checkpoint and goes on with it
     for stage in ("stage1", "stage2", "softmax"):
-        code, out, _ = run(capsys, "--sample", "w3", "--out", f"d/{stage}", "--sample-tokens", 4,
-                           main=train_lm.main)
+        code, out, _ = run(f"--sample w3 --out d/{stage} --sample-tokens 4", main=train_lm.main)
         assert code == 0 and out.startswith("[w3]")
-    code, out, err = run(capsys, "--out", "d/stage2", "--resume", "--steps", 32, "--lr", "1e-4",
-                         main=train_lm.main)
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["valid"]["perplexity"] == pytest.approx(
-        rows["hedgehog, stage 2"]["perplexity"], rel=0.05)
+    r = result("--out d/stage2 --resume --steps 32 --lr 1e-4", main=train_lm.main)
+    assert r["valid"]["perplexity"] == pytest.approx(stage2["perplexity"], rel=0.05)
     model, _ = train_lm.load_model("d/stage1", "cpu")       # a checkpoint gives its row's figure
-    o = distill.Options(data="text.txt", device="cpu", precision="fp32", block_size=32)
-    assert distill.score(model, train_lm.load_data(o), o) == pytest.approx(
-        rows["hedgehog, stage 1"]["perplexity"])
-    code, out, err = run(capsys, "--data", "text.txt", "--analyze", "d/stage1", "--plot", "f",
-                         "--micro-batch", 8)
+    o = options(data="text.txt", block_size=32)
+    assert distill.score(model, train_lm.load_data(o), o) == pytest.approx(stage1["perplexity"])
+    code, out, _ = run("--analyze d/stage1 --plot f --micro-batch 8")
     assert code == 0 and "layer 2" in out
-    layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
-    assert np.mean(layers["kl"]) == pytest.approx(rows["hedgehog, stage 1"]["kl"], rel=1e-4)
     assert "wrote f/entropy.png" in out or "pip install matplotlib" in out
-    code, out, err = run(capsys, "--data", "text.txt", "--analyze", "d/stage1", "--block-size", 8)
-    assert code == 0 and json.loads(out.splitlines()[-1])["block_size"] == 8
+    layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
+    assert np.mean(layers["kl"]) == pytest.approx(stage1["kl"], rel=1e-4)
+    r = result("--analyze d/stage1 --data other.txt --block-size 8")
+    assert (r["data"], r["block_size"]) == ("other.txt", 8)
+    assert r["layers"]["hedgehog, trained"]["kl"] < r["layers"]["hedgehog"]["kl"]
 
 
-def test_without_stage_1_and_with_lora(capsys, here):
-    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "t2r",
-                         "--attention", "t2r", "--no-distill", "--lora", 2, *SHORT)
-    assert code == 0, err
-    assert [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]] == [
-        "softmax, the teacher", "t2r-no-distill, swapped", "t2r-no-distill, stage 2",
-        "softmax, finetuned"]
-    moved = train_lm.load_checkpoint(Path("t2r/stage2/checkpoint.pt"))["model"]
+def test_a_stage_is_evaluated_before_it_goes_on(here):
+    rows = result(SHORT, "--out more --no-distill --no-baseline")["rows"]
+    r = result("--out more/stage2 --resume", main=train_lm.main)
+    assert r["valid"]["perplexity"] == pytest.approx(rows[-1]["perplexity"])
+
+
+def test_without_stage_1_and_with_lora(here):
+    rows = result(SHORT, "--out t2r --attention t2r --no-distill --lora 2")["rows"]
+    assert [r["name"] for r in rows] == ["softmax, the teacher", "t2r-no-distill, swapped",
+                                         "t2r-no-distill, stage 2", "softmax, finetuned"]
+    was, moved = weights("softmax"), weights("t2r/stage2")
     w_q = moved["blocks.0.attn.mix.feature_map.w_q"]
     assert not torch.equal(w_q, torch.eye(16).expand_as(w_q))       # maps learn with the adapters
-    was = train_lm.load_checkpoint(Path("softmax/checkpoint.pt"))["model"]
     assert {name for name in was if not torch.equal(moved[name], was[name])} == {
         f"blocks.{i}.attn.{linear}.weight" for i in (0, 1) for linear in ("qkv", "proj")}
 
 
-def test_without_baseline(capsys, here):
-    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "alone",
-                         "--no-distill", "--no-baseline", *SHORT)
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["rows"][-1]["name"] == "hedgehog-no-distill, stage 2"
-    assert not Path("alone/softmax").exists()
+def test_without_baseline(here):
+    rows = result(SHORT, "--out alone --no-distill --no-baseline")["rows"]
+    assert rows[-1]["name"] == "hedgehog-no-distill, stage 2" and not Path("alone/softmax").exists()
 
 
-def test_a_wide_map_and_a_hybrid(capsys, here):
-    code, out, err = run(capsys, "--data", "text.txt", "--teacher", "softmax", "--out", "hybrid",
-                         "--attention", "hedgehog,softmax", "--feature-dim", 24, *SHORT)
-    assert code == 0, err
-    saved = train_lm.load_checkpoint("hybrid/stage2")["model"]
+def test_a_wide_map_and_a_hybrid(here):
+    result(SHORT, "--out hybrid --attention hedgehog,softmax --feature-dim 24")
+    saved = weights("hybrid/stage2")
     assert saved["blocks.0.attn.mix.feature_map.w_q"].shape[-1] == 24
     assert "blocks.1.attn.mix.feature_map.w_q" not in saved
+    layers = result("--analyze hybrid/stage1")["layers"]["hedgehog,softmax, trained"]
+    assert layers["kl"][0] > 1e-4 and layers["kl"][1] == pytest.approx(0, abs=1e-6)
 
 
-def parse(*args):
+def parse(args):
     return train_lm.parse(distill.Options, distill.PRESETS, distill.preset_for,
-                          distill.from_teacher, "", [str(a) for a in args])
+                          distill.from_teacher, "", args.split())
 
 
 def test_options_and_presets(here):
-    o = parse("--device", "cpu")
+    o = parse("--device cpu")
     assert (o.preset, o.steps, o.teacher_steps, o.out) == (
         "tiny", 400, 1300, "out/distill-stdlib-hedgehog")
-    o = parse("--teacher", "softmax")                       # what has to fit is the teacher's
-    assert (o.data, o.block_size, o.batch_size, o.steps) == ("text.txt", 32, 8, 400)
-    assert parse("--teacher", "softmax", "--batch-size", 3).batch_size == 3
-    assert parse("--task", "listops").distill_steps == 500
-    assert parse("--device", "cuda", "--data", "text.txt").compile
-    assert not parse("--device", "cuda", "--no-compile").compile
+    o = parse("--teacher softmax")                          # what has to fit is the teacher's
+    assert (o.data, o.block_size, o.batch_size, o.steps) == ("text.txt", 32, 10, 400)
+    assert parse("--teacher softmax --batch-size 3").batch_size == 3
+    assert parse("--task listops").distill_steps == 500
+    assert parse("--epochs 2").teacher_steps == 0
+    assert parse("--device cuda --data text.txt").compile
+    assert not parse("--device cuda --no-compile").compile
+    for name, row in distill.PRESETS.items():
+        o = vars(parse(f"--preset {name} --n-head 7"))
+        assert {key: o[key] for key in row} == row | ({"n_head": 7} if "n_head" in row else {})
 
 
-def test_trains_its_own_teacher(capsys, here, monkeypatch):
+def test_other_text_gets_the_tokens_of_the_run(here):
+    state = torch.load("softmax/checkpoint.pt")
+    state["data"][1] = "gpt2"                               # by default, --data was wiki.*
+    Path("wiki").mkdir()
+    torch.save(state, "wiki/checkpoint.pt")
+    assert parse("--analyze wiki --data other.txt").tokenizer == "gpt2"
+
+
+OWN = "--data text.txt --micro-batch 4 --distill-steps 3 --steps 3"
+
+
+@pytest.fixture
+def tiny_preset(here, monkeypatch):
     monkeypatch.setitem(distill.PRESETS, "tiny", dict(
         n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=8, eval_every=10,
         teacher_steps=0, epochs=0.02))
-    args = ["--data", "text.txt", "--out", "own", *SHORT]
-    code, out, err = run(capsys, *args)
-    assert code == 0, err
-    assert Path("own/teacher/result.json").exists() and "train: 100%" in err
+
+
+def test_trains_its_own_teacher(tiny_preset):
+    args = f"{OWN} --out own"
+    code, _, err = run(args)
+    assert code == 0 and Path("own/teacher/result.json").exists() and "train: 100%" in err
     first = Path("own/teacher/checkpoint.pt").read_bytes()
-    assert run(capsys, *args)[0] == 2                       # a finished run is not replaced
+    assert run(args)[0] == 2                                # a finished run is not replaced
     Path("own/result.json").unlink()                        # interrupted after the teacher
-    code, out, err = run(capsys, *args)
+    code, _, err = run(args)
     assert code == 0 and "train: 100%" not in err
     assert Path("own/teacher/checkpoint.pt").read_bytes() == first
     Path("own/result.json").unlink()
-    code, _, err = run(capsys, *args, "--seed", 1)          # the teacher there is another one
+    code, _, err = run(args, "--seed 1")                    # the teacher there is another one
     assert code == 2 and "own/teacher was trained with seed 0" in err
-    code, out, err = run(capsys, *args, "--overwrite", "--seed", 1)
-    assert code == 0 and Path("own/teacher/checkpoint.pt").read_bytes() != first
+    result(args, "--overwrite --seed 1")
+    assert Path("own/teacher/checkpoint.pt").read_bytes() != first
 
 
-def test_a_bad_argument_leaves_the_old_run_alone(capsys, here):
+def ctrl_c_in(monkeypatch, module, name):
+    """Ctrl-C is pressed at the start of the second call of a function."""
+    real, calls = getattr(module, name), []
+
+    def spy(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(module, name, spy)
+
+
+def test_ctrl_c_in_the_teacher(tiny_preset, monkeypatch):
+    """The same command goes on with it, and gets what an uninterrupted one gets."""
+    ctrl_c_in(monkeypatch, train_lm, "take_step")
+    code, out, _ = run(OWN, "--out cut")
+    assert code == 130 and "the same command goes on" in out
+    assert not Path("cut/teacher/result.json").exists()
+    assert result(OWN, "--out cut")["rows"] == result(OWN, "--out uncut")["rows"]
+
+
+@pytest.mark.parametrize("teacher", ["--teacher softmax", ""])
+def test_ctrl_c_in_a_stage(tiny_preset, monkeypatch, teacher):
+    ctrl_c_in(monkeypatch, distill, "mimicry_loss")
+    code, out, _ = run(OWN, "--out", f"stop{len(teacher)}", teacher)
+    assert code == 130 and "the same command goes on" in out
+    result(OWN, "--out", f"stop{len(teacher)}", teacher)
+
+
+def test_a_stopped_teacher_is_train_lms(tiny_preset, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["distill.py"])
+    ctrl_c_in(monkeypatch, train_lm, "take_step")
+    assert "to go on: python train_lm.py --resume --out by/teacher\n" in run(OWN, "--out by")[1]
+
+
+def test_a_bad_argument_leaves_the_old_run_alone(here):
     Path("kept").mkdir()
     Path("kept/result.json").write_text("{}")
-    code, _, _ = run(capsys, "--data", "text.txt", "--teacher", "elu", "--out", "kept",
-                     "--overwrite")
-    assert code == 2 and Path("kept/result.json").read_text() == "{}"
+    assert run("--data text.txt --teacher elu --out kept --overwrite")[0] == 2
+    assert Path("kept/result.json").read_text() == "{}"
 
 
-def test_listops(capsys, here):
-    code, out, err = run(capsys, "--task", "listops", "--listops-examples", 40, "--out", "lo",
-                         "--teacher-steps", 3, "--distill-steps", 3, "--steps", 3)
-    assert code == 0, err
-    names = [r["name"] for r in json.loads(out.splitlines()[-1])["rows"]]
-    assert names == ["softmax, the teacher", "hedgehog, swapped", "hedgehog, stage 1",
-                     "hedgehog, stage 2", "softmax, finetuned", "hedgehog, from scratch"]
+def test_listops(here):
+    rows = result("--task listops --listops-examples 40 --listops-low 5 --listops-high 30 --out lo "
+                  "--n-embd 32 --teacher-steps 3 --distill-steps 3 --steps 3")["rows"]
+    assert [r["name"] for r in rows] == [
+        "softmax, the teacher", "hedgehog, swapped", "hedgehog, stage 1", "hedgehog, stage 2",
+        "softmax, finetuned", "hedgehog, from scratch"]
 
 
-def test_glue_from_a_language_model(capsys, here):
+def test_glue_from_a_language_model(here):
     lines = "".join(f"s\t{i % 2}\t\t{'good' if i % 2 else 'bad'} {i}\n" for i in range(40))
     write_tsv("CoLA", lines, lines)
-    code, out, err = run(capsys, "--task", "CoLA", "--teacher", "softmax", "--out", "gl",
-                         "--teacher-steps", 40, "--teacher-lr", "3e-3", *SHORT)
-    assert code == 0, err
-    rows = json.loads(out.splitlines()[-1])["rows"]
+    rows = result(SHORT, "--task CoLA --out gl --teacher-steps 40 --teacher-lr 3e-3")["rows"]
     assert rows[0]["matthews"] == pytest.approx(100)        # the two words tell the classes apart
-    code, _, err = run(capsys, "--sample", "x", "--out", "gl/stage2", main=train_lm.main)
+    code, _, err = run("--sample x --out gl/stage2", main=train_lm.main)
     assert code == 2 and "classifier" in err
 
 
@@ -628,7 +662,7 @@ def test_glue_from_a_language_model(capsys, here):
     ("--data recall", "no recall"), ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
     ("--analyze softmax --task listops", "--task"), ("--distill-lr nan", "--distill-lr"),
 ])
-def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
+def test_one_clear_line_and_exit_code_2(here, args, words):
     Path("empty.txt").write_text("")
     Path("other").mkdir(exist_ok=True)
     for split in ("train", "valid"):
@@ -642,9 +676,8 @@ def test_one_clear_line_and_exit_code_2(capsys, here, args, words):
     Path("gone2/teacher").mkdir(parents=True, exist_ok=True)
     if not Path("gone/softmax").exists():
         shutil.copytree("softmax", "gone/softmax")
-    code, _, err = run(capsys, *args.split())
-    assert code == 2
-    assert words in err.splitlines()[-1] and err.count("error: ") == 1 and "Traceback" not in err
+    code, _, err = run(args)
+    assert code == 2 and words in err.splitlines()[-1] and err.count("error: ") == 1
 
 
 def test_a_loss_that_is_no_number_ends_a_stage():

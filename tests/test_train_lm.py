@@ -1,15 +1,18 @@
 """train_lm.py from its command line: every kind of data, resuming, several processes, errors."""
 
 import http.server
+import io
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,26 +22,24 @@ import tiktoken
 import torch
 
 import train_lm
-from hedgehog import FEATURE_MAPS
+from hedgehog import FEATURE_MAPS, GPT, GPTConfig
 
-SCRIPT = Path(train_lm.__file__)
-SHAPE = ("--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
-         "--micro-batch 2 --position learned").split()
-TINY = [*SHAPE, *"--steps 6 --eval-every 2 --sample-tokens 5".split()]
+SHAPE = ("--data text.txt --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
+         "--micro-batch 2 --position learned --sample-tokens 5")
+TINY = f"{SHAPE} --out o --steps 6 --eval-every 2"
+LONG = f"{SHAPE} --steps 60 --eval-every 5 --dropout 0.1"
+RECALL = "--data recall --block-size 15 --out o"
 LINES = "".join(f"line {i} of {i * i % 97} words\n" for i in range(400))
 
 
 @pytest.fixture(autouse=True)
-def on_a_cpu_in_tmp_path(tmp_path, monkeypatch):
+def on_a_cpu_beside_a_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")          # for the processes that tests start
-
-
-@pytest.fixture
-def text():
     Path("text.txt").write_text(LINES)
-    return "text.txt"
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # not a run's, for pytest
 
 
 @pytest.fixture
@@ -50,129 +51,160 @@ def small_bpe(monkeypatch):
     monkeypatch.setattr(train_lm, "gpt2_encoding", lambda: encoding)
 
 
-def run(capsys, *args):
-    """Runs main; returns the exit code, standard output and standard error."""
-    capsys.readouterr()
-    try:
-        code = train_lm.main([str(a) for a in args])
-    except SystemExit as e:
-        code = e.code
-    return code, *capsys.readouterr()
+@pytest.fixture
+def few_recall(monkeypatch):
+    monkeypatch.setattr(train_lm.Recall, "sizes", {"train": 40, "valid": 20, "test": 20})
 
 
-def result(capsys, *args):
-    code, out, err = run(capsys, *args)
+def run(*args):
+    """Runs main on a command line in pieces; returns exit code, standard output and error."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = train_lm.main(shlex.split(" ".join(args)))
+    return code, out.getvalue(), err.getvalue()
+
+
+def result(*args):
+    """Runs main, which succeeds; returns what it prints last."""
+    code, out, err = run(*args)
     assert code == 0, err
     return json.loads(out.splitlines()[-1])
 
 
-def failure(capsys, *args):
-    """The one line that a user error prints."""
-    code, out, err = run(capsys, *args)
-    assert code == 2
-    line = err.splitlines()[-1]
-    assert "error: " in line and len([x for x in err.splitlines() if "rror" in x]) == 1
+def failure(*args):
+    """Runs main, which fails; returns the one line that it prints on that."""
+    code, _, err = run(*args)
+    *before, line = err.splitlines()
+    assert code == 2 and "error: " in line and "rror" not in "".join(before)
     return line
 
 
 def options(**more):
-    return train_lm.Options(**dict(dict(device="cpu", precision="fp32", compile=False,
-                                        block_size=16), **more))
+    return train_lm.Options(**dict(data="text.txt", device="cpu", block_size=16) | more)
+
+
+def small_gpt(**more):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2, n_embd=16, **more))
 
 
 def log(out):
     """The log without the times."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def write_bins(ids, **meta):
+    """A folder d of token ids; returns options to train on it."""
+    Path("d").mkdir(exist_ok=True)
+    for split in train_lm.SPLITS:
+        ids.tofile(f"d/{split}.bin")
+    Path("d/meta.json").write_text(json.dumps(meta))
+    return f"{TINY} --data d --out p"
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 
-def test_text_file(capsys, text):
-    code, out, err = run(capsys, "--data", text, "--out", "o", *TINY)
+def test_text_file():
+    code, out, err = run(TINY)
     assert code == 0 and "train: 100%" in err
-    assert "the [prompt]" in out and "softmax's cache would be" in out
+    assert "the [prompt]" in out and "softmax's cache would be" in out and "bigram" not in out
     r = json.loads(out.splitlines()[-1])
     assert r == json.loads(Path("o/result.json").read_text())
     assert r["tokens"] == 6 * 4 * 16 and r["steps"] == 6 and r["attention"] == "hedgehog"
-    assert [line["step"] for line in log("o")] == [2, 4, 6]
-    assert log("o")[-1]["valid"] == r["valid"]
-    assert {"seconds", "tokens_per_second", "device", "torch", "seed", "test"} <= set(r)
-    data = train_lm.load_data(options(data=text))
-    assert b"".join(data.splits[s].tobytes() for s in train_lm.SPLITS) == LINES.encode()
-    assert abs(len(data.splits["valid"]) / len(LINES) - 0.05) < 0.01
+    assert [line["step"] for line in log("o")] == [2, 4, 6] and log("o")[-1]["valid"] == r["valid"]
+    assert {"seconds", "tokens_per_second", "device", "torch", "seed", "test", "command"} <= set(r)
 
 
-def test_figures_cover_the_whole_split(capsys, text):
+def test_figures_cover_the_whole_split():
     """Perplexity and bits per byte against a sum over the split token by token."""
-    r = result(capsys, "--data", text, "--out", "o", *TINY)
+    r = result(TINY)["valid"]
     gpt, _ = train_lm.load_model("o", "cpu")
-    tokens = train_lm.load_data(options(data=text)).splits["valid"].astype(np.int64)
-    tokens, nats = torch.from_numpy(tokens), []
+    tokens = torch.from_numpy(train_lm.load_data(options()).splits["valid"].astype(np.int64))
+    nats = []
     for i in range(0, len(tokens) - 1, 16):
         window = tokens[i:i + 17]
         logits = gpt(window[None, :-1])[0][0].log_softmax(-1)
         nats += (-logits.gather(1, window[1:, None])).flatten().tolist()
     assert len(nats) == len(tokens) - 1
-    assert r["valid"]["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
-    assert r["valid"]["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
-    assert r["valid"]["bits_per_byte"] == pytest.approx(sum(nats) / np.log(2) / len(tokens),
-                                                        rel=1e-5)
+    assert r["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert r["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+    assert r["bits_per_byte"] == pytest.approx(sum(nats) / np.log(2) / len(tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("text, sizes", [
+    (LINES, None),                                          # cut at line ends
+    ("x" * 1000, [900, 50, 50]),
+    ("y" * 880 + "\n" + "x" * 119, [900, 50, 50]),
+    ("y" * 920 + "\n" + "x" * 79, [900, 50, 50]),           # the last line has 90 to 95 %
+    ("y" * 920 + "\n" + "x" * 78 + "\n", [900, 50, 50]),
+])
+def test_splits_of_a_file(text, sizes):
+    Path("text.txt").write_text(text)
+    splits = [x.tobytes() for x in train_lm.load_data(options()).splits.values()]
+    assert b"".join(splits) == text.encode()
+    if sizes is None:
+        assert all(x.endswith(b"\n") and abs(len(x) / len(text) - share) < 0.01
+                   for x, share in zip(splits, (0.9, 0.05, 0.05)))
+    else:
+        assert [len(x) for x in splits] == sizes
 
 
 @pytest.mark.parametrize("pattern", ["wiki.{}.raw", "wiki.{}.tokens", "{}.txt"])
-def test_folder_of_text(capsys, small_bpe, pattern):
+def test_folder_of_text(small_bpe, pattern):
     Path("d").mkdir()
     for split in ("train", "valid"):                        # a test split is not needed
-        (Path("d") / pattern.format(split)).write_text(LINES)
-    r = result(capsys, "--data", "d", "--out", "o", *TINY)
-    assert "test" not in r
-    if pattern == "{}.txt":
-        assert r["tokenizer"] == "bytes"
+        Path("d", pattern.format(split)).write_text(LINES)
+    r = result(TINY, "--data d")
+    assert "test" not in r and r["tokenizer"] == ("bytes" if pattern == "{}.txt" else "gpt2")
+    if r["tokenizer"] == "bytes":
         return
-    assert r["tokenizer"] == "gpt2" and "perplexity_per_word" in r["valid"]
     cached, = Path("data/tokens").iterdir()
     before = (cached / "train.bin").stat().st_mtime_ns
     tokens = np.fromfile(cached / "train.bin", np.uint16)
     assert train_lm.gpt2_encoding().decode(tokens.tolist()) == LINES and tokens.max() == 257
-    words = r["valid"]["perplexity_per_word"]
-    assert np.log(words) == pytest.approx(r["valid"]["loss"] * (len(tokens) - 1)
-                                          / len(LINES.split()))
-    result(capsys, "--data", "d", "--out", "o", "--overwrite", *TINY)
+    assert np.log(r["valid"]["perplexity_per_word"]) == pytest.approx(
+        r["valid"]["loss"] * (len(tokens) - 1) / len(LINES.split()))
+    result(TINY, "--data d --overwrite")
     assert (cached / "train.bin").stat().st_mtime_ns == before
+    (cached / "meta.json").unlink()                         # killed before this, which comes last
+    result(TINY, "--data d --overwrite")
+    assert (cached / "train.bin").stat().st_mtime_ns != before
 
 
-def test_folder_of_bins(capsys, small_bpe):
-    Path("d").mkdir()
+def test_folder_of_bins(small_bpe):
     ids = np.random.default_rng(0).integers(0, 258, 1000)
-    for split in ("train", "valid", "test"):
-        ids.astype(np.uint16).tofile(f"d/{split}.bin")
-    Path("d/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 258,
-                                               "valid": {"words": 200, "bytes": 4000}}))
-    r = result(capsys, "--data", "d", "--out", "o", *TINY)
+    command = write_bins(ids.astype(np.uint16), tokenizer="gpt2", vocab_size=258,
+                         valid={"words": 200, "bytes": 4000})
+    r = result(command)
     assert r["config"]["vocab_size"] == 258 and "bits_per_byte" in r["valid"]
-    Path("d/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 256}))
-    assert "vocabulary ends at 255" in failure(capsys, "--data", "d", "--out", "p", *TINY)
-    for meta in ({"tokenizer": "x", "vocab_size": 300, "dtype": "float32"}, ["x"], {}):
-        Path("d/meta.json").write_text(json.dumps(meta))
-        assert "meta.json" in failure(capsys, "--data", "d", "--out", "p", *TINY)
-    Path("d/meta.json").unlink()
-    assert "meta.json" in failure(capsys, "--data", "d", "--out", "p", *TINY)
-    Path("d/meta.json").write_text(json.dumps({"tokenizer": "x", "vocab_size": 70000,
-                                               "dtype": "uint32"}))
-    for split in ("train", "valid"):                        # as the file says, and not as uint16
-        (ids + 60000).astype(np.uint32).tofile(f"d/{split}.bin")
-    Path("d/test.bin").unlink()
-    data = train_lm.load_data(options(data="d"))
-    assert (data.splits["train"] == ids + 60000).all()
+    write_bins((ids + 60000).astype(np.uint32), tokenizer="x", vocab_size=70000, dtype="uint32")
+    assert (train_lm.load_data(options(data="d")).splits["train"] == ids + 60000).all()
     Path("d/valid.bin").write_bytes(b"")
-    assert "has 0 tokens" in failure(capsys, "--data", "d", "--out", "p", *TINY)
+    assert "has 0 tokens" in failure(command)
+    Path("d/meta.json").unlink()
+    assert "meta.json" in failure(command)
 
 
-def test_stdlib(capsys):
-    code, out, _ = run(capsys, "--data", "stdlib", "--out", "o", *SHAPE, "--steps", 2,
-                       "--eval-every", 2, "--block-size", 64, "--micro-batch", 64)
+@pytest.mark.parametrize("meta, words", [
+    (dict(vocab_size=256), "vocabulary ends at 255"),
+    (dict(dtype="float32"), "meta.json"), (dict(dtype=["uint16"]), "meta.json"),
+    (dict(vocab_size="many"), "meta.json"),
+    (dict(vocab_size=float("inf")), "meta.json"),
+    (dict(valid=5), "meta.json"),
+    (["x"], "meta.json"), ({}, "meta.json"),
+])
+def test_meta_json_that_does_not_fit(meta, words):
+    command = write_bins(np.arange(258, dtype=np.uint16))
+    if meta and isinstance(meta, dict):
+        meta = dict(tokenizer="x", vocab_size=300) | meta
+    Path("d/meta.json").write_text(json.dumps(meta))
+    assert words in failure(command) and not Path("p").exists()
+
+
+def test_stdlib():
+    code, out, _ = run(SHAPE, "--data stdlib --out o --steps 2 --eval-every 2 --block-size 64 "
+                       "--micro-batch 64")
     assert code == 0 and "stdlib-3" in out
     a, b = (train_lm.read_stdlib() for _ in range(2))
     assert a == b
@@ -196,19 +228,15 @@ def test_recall_task():
 
 
 @pytest.mark.parametrize("attention", ["softmax", *FEATURE_MAPS])
-def test_recall_with_every_attention(capsys, attention, monkeypatch):
-    monkeypatch.setattr(train_lm.Recall, "sizes", {"train": 40, "valid": 20, "test": 20})
-    r = result(capsys, "--data", "recall", "--attention", attention, "--out", "o", "--steps", 2,
-               "--block-size", 15)
-    assert 0 <= r["test"]["accuracy"] <= 1
+def test_recall_with_every_attention(few_recall, attention):
+    assert 0 <= result(RECALL, "--steps 2 --attention", attention)["test"]["accuracy"] <= 1
 
 
-def test_recall_is_learned(capsys, monkeypatch):
+def test_recall_is_learned(monkeypatch):
     monkeypatch.setattr(train_lm.Recall, "keys", 2)
     monkeypatch.setattr(train_lm.Recall, "vocab_size", 4)
-    r = result(capsys, "--data", "recall", "--out", "o", "--steps", 400, "--block-size", 9,
-               "--n-head", 2, "--lr", 3e-3)
-    assert r["test"]["accuracy"] > 0.9               # guessing is right half of the time
+    r = result("--data recall --out o --steps 400 --block-size 9 --n-head 2 --lr 3e-3")
+    assert r["test"]["accuracy"] > 0.9                      # guessing is right half of the time
 
 
 # --- WikiText-103's download ----------------------------------------------------------------------
@@ -233,166 +261,182 @@ def wikitext(monkeypatch):
 
         def log_message(self, *args):
             pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(train_lm, "WIKITEXT_LINES", dict.fromkeys(train_lm.SPLITS, 400))
 
     def use(*paths):
         urls = [f"http://127.0.0.1:{server.server_port}/{path}" for path in paths]
         monkeypatch.setattr(train_lm, "WIKITEXT_URLS", urls)
-    yield use
-    server.shutdown()
+        return f"{TINY} --data wikitext103"
+
+    monkeypatch.setattr(train_lm, "WIKITEXT_LINES", dict.fromkeys(train_lm.SPLITS, 400))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield use
+        server.shutdown()
 
 
-def test_wikitext_second_mirror(capsys, wikitext, small_bpe):
-    wikitext("missing", "whole")
-    r = result(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+@pytest.mark.parametrize("first", ["missing", "cut"])
+def test_wikitext_from_the_second_mirror(wikitext, small_bpe, first):
+    r = result(wikitext(first, "whole"))
     assert r["data"] == "wikitext-103-raw" and r["tokenizer"] == "gpt2"
-    wikitext("missing")                                     # what is there is not fetched again
-    result(capsys, "--data", "wikitext103", "--out", "o2", *TINY)
-    assert not [p for p in Path("data").rglob("*.part*")]
+    result(wikitext("missing"), "--overwrite")              # what is there is not fetched again
+    assert not list(Path("data").rglob("*.part*"))
 
 
-@pytest.mark.parametrize("path", ["missing", "cut"])
-def test_wikitext_not_to_be_had(capsys, wikitext, path):
-    wikitext(path)
-    line = failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
-    assert "wikitext-103-raw-v1.zip" in line and "--data stdlib" in line and not Path("o").exists()
+def test_wikitext_not_to_be_had(wikitext):
+    for path in ("missing", "cut"):
+        line = failure(wikitext(path))
+        assert "put the zip at data/wikitext-103-raw-v1.zip" in line and "--data stdlib" in line
+    assert not Path("o").exists()
 
 
-def test_wikitext_zip_that_is_there(capsys, wikitext, small_bpe):
+def test_wikitext_zip_that_is_there(wikitext, small_bpe):
     Path("data").mkdir()
     Path("w.zip").rename("data/wikitext-103-raw-v1.zip")
-    wikitext("missing")
-    result(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+    result(wikitext("missing"))
     with open("data/wikitext-103-raw/wiki.valid.raw", "a") as f:
         f.write("one more\n")
-    assert "has not 400 lines" in failure(capsys, "--data", "wikitext103", "--out", "p", *TINY)
-
-
-def test_wikitext_broken_zip(capsys, wikitext):
-    Path("data").mkdir()
-    Path("data/wikitext-103-raw-v1.zip").write_bytes(b"PK no zip")
-    assert "put the zip at" in failure(capsys, "--data", "wikitext103", "--out", "o", *TINY)
+    assert "has not 400 lines" in failure(wikitext("missing"), "--overwrite")
 
 
 # --- stopping and going on ------------------------------------------------------------------------
 
 
 def start(*args, **kwargs):
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **kwargs)
+    command = [sys.executable, train_lm.__file__, *shlex.split(" ".join(args))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **kwargs)
 
 
-def wait_for_lines(path, n, process):
-    while not (Path(path).exists() and Path(path).read_text().count("\n") >= n):
+def ctrl_c_in(monkeypatch, name, call):
+    """Ctrl-C is pressed at the start of this call (from 0) of a function of train_lm.py."""
+    real, calls = getattr(train_lm, name), []
+
+    def spy(*args):
+        calls.append(args)
+        if len(calls) == call + 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(train_lm, name, spy)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_as_if_it_never_was(number):
+    """To the last bit of the log and the weights."""
+    result(LONG, "--out whole")
+    process = start(LONG, "--out o")
+    while not Path("o/log.jsonl").exists() or Path("o/log.jsonl").read_text().count("\n") < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-
-
-LONG = [*SHAPE, "--steps", "60", "--eval-every", "5", "--dropout", "0.1", "--data", "text.txt"]
-
-
-def test_resume_after_kill_is_the_uninterrupted_run(capsys, text):
-    result(capsys, *LONG, "--out", "whole")
-    process = start(*LONG, "--out", "killed")
-    wait_for_lines("killed/log.jsonl", 4, process)
-    process.kill()
-    process.wait()
-    assert not Path("killed/result.json").exists()
-    with open("killed/log.jsonl", "a") as f:                # logged, but not in the checkpoint
+    process.send_signal(number)
+    out, _ = process.communicate()
+    assert not Path("o/result.json").exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert out.endswith("to go on: python train_lm.py --resume --out o\n")
+    with open("o/log.jsonl", "a") as f:                     # logged, but not in the checkpoint
         f.write(json.dumps({"step": 59, "train_loss": 0.0}) + "\n")
-    Path("killed/checkpoint.pt.part-1").write_bytes(b"killed while saving")
-    result(capsys, "--out", "killed", "--resume")
-    assert not list(Path("killed").glob("*.part*"))
-    assert log("killed") == log("whole")                    # to the last bit
-    a, b = (train_lm.load_checkpoint(out)["model"] for out in ("whole", "killed"))
+    Path("o/checkpoint.pt.part-1").write_bytes(b"killed while saving")
+    result("--out o --resume")
+    assert log("o") == log("whole") and not list(Path("o").glob("*.part*"))
+    a, b = (train_lm.load_checkpoint(out)["model"] for out in ("whole", "o"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(capsys, text):
-    result(capsys, *LONG, "--out", "whole")
-    process = start(*LONG, "--out", "stopped")
-    wait_for_lines("stopped/log.jsonl", 2, process)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
-    assert process.returncode == 130
-    command = out.splitlines()[-1].split("to go on: python ")[1].split()
-    assert command == ["train_lm.py", "--resume", "--out", "stopped"]
-    assert start(*command[1:]).wait() == 0
-    assert log("stopped") == log("whole")
+@pytest.mark.parametrize("name, call", [("take_step", 13), ("evaluate", 0), ("evaluate", 2)])
+def test_ctrl_c_anywhere_changes_nothing(monkeypatch, name, call):
+    """In a step, in a validation and in the test, which --resume does first then."""
+    command = f"{LONG} --steps 20 --eval-every 10"
+    whole = result(command, "--out whole")
+    ctrl_c_in(monkeypatch, name, call)
+    assert run(command, "--out o")[0] == 130 and not Path("o/result.json").exists()
+    assert len(log("o")) == {0: 0, 13: 1, 2: 2}[call]
+    r = result("--out o --resume")
+    assert log("o") == log("whole") and r["test"] == whole["test"]
 
 
-@pytest.mark.parametrize("when", [0, 2])
-def test_ctrl_c_in_an_evaluation(capsys, text, monkeypatch, when):
-    """The evaluation at step 10 is done again after --resume, as in the uninterrupted run."""
-    args = [*LONG, "--steps", "20", "--eval-every", "10"]
-    result(capsys, *args, "--out", "whole")
-    evaluate, calls = train_lm.evaluate, []
-
-    def interrupted_at(model, task, split, o, interrupted=()):
-        calls.append(split)
-        if len(calls) == when + 1:
-            interrupted.append(True)
-        return evaluate(model, task, split, o, interrupted)
-
-    monkeypatch.setattr(train_lm, "evaluate", interrupted_at)
-    assert run(capsys, *args, "--out", "stopped")[0] == 130
-    assert calls[-1] == ("valid" if when == 0 else "test")
-    r = result(capsys, "--out", "stopped", "--resume")
-    assert log("stopped") == log("whole") and r["test"]["loss"] > 0
+def test_an_interrupted_evaluation_ends_after_a_batch(monkeypatch):
+    o, batches = options(micro_batch=4), []
+    data = train_lm.load_data(o)
+    batch = data.batch
+    monkeypatch.setattr(data, "batch", lambda *args: batches.append(args) or batch(*args))
+    assert train_lm.evaluate(small_gpt(), data, "valid", o, [True]) is None and len(batches) == 1
+    assert train_lm.evaluate(small_gpt(), data, "valid", o, []) and len(batches) > 4
 
 
-def test_resumed_options(capsys, text):
+def test_the_second_ctrl_c_ends_at_once():
+    interrupted = train_lm.note_interrupts()
+    signal.raise_signal(signal.SIGINT)
+    assert interrupted
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_after_training_ctrl_c_is_pythons_own():
+    train_lm.train(options(steps=1, out="o"), train_lm.load_data(options()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resume_to_the_step_where_ctrl_c_came(monkeypatch):
+    """Its figures are the last step's, not those of the last evaluation."""
+    ctrl_c_in(monkeypatch, "take_step", 4)
+    assert run(TINY, "--eval-every 3")[0] == 130
+    r = result("--out o --resume --steps 5")
+    assert [line["step"] for line in log("o")] == [3, 5]
+    model, data = train_lm.load_model("o", "cpu")[0], train_lm.load_data(options())
+    assert r["valid"] == log("o")[-1]["valid"] == train_lm.evaluate(
+        model, data, "valid", options(micro_batch=2))
+
+
+def test_resume_to_a_step_before_the_checkpoint(monkeypatch):
+    ctrl_c_in(monkeypatch, "take_step", 4)
+    run(TINY, "--eval-every 3")
+    assert "--steps 4" in failure("--out o --resume --steps 4")
+
+
+def test_resumed_options():
     """What may change is applied, what may not is refused by name, the rest is the checkpoint's."""
-    result(capsys, "--data", text, "--out", "o", *TINY)
+    result(TINY)
     for args, words in (("--n-layer 2", "--n-layer 2: the run to --resume has 1"),
                         ("--seed 1", "--seed 1"), ("--attention elu", "has hedgehog"),
-                        ("--steps 6", "is finished")):
-        assert words in failure(capsys, "--out", "o", "--resume", *args.split())
-    r = result(capsys, "--out", "o", "--resume", "--steps", 9, "--weight-decay", 0.5, "--n-head", 2)
-    saved = train_lm.load_checkpoint("o")["options"]
-    assert r["steps"] == 9 and saved["weight_decay"] == 0.5 and saved["data"] == text
+                        ("--data-dir x --steps 6", "is finished")):
+        assert words in failure("--out o --resume", args)
+    r = result("--out o --resume --steps 9 --lr 0.01 --warmup 0.5 --n-head 2")
+    state = train_lm.load_checkpoint("o")
+    assert r["steps"] == 9 and state["options"]["lr"] == 0.01
+    assert state["options"]["data"] == "text.txt"
+    rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+    assert rates == [pytest.approx(train_lm.learning_rate(8, 9, 0.01, 0.5))] * 2
     assert [line["step"] for line in log("o")] == [2, 4, 6, 8, 9]
-    Path(text).write_text(LINES.replace("line", "row"))     # another text of the same name
-    assert "is not the text" in failure(capsys, "--out", "o", "--resume", "--steps", 12)
+    Path("text.txt").write_text(LINES.replace("line", "row"))   # another text of the same name
+    assert "is not the text" in failure("--out o --resume --steps 12")
 
 
-def test_every_field_of_the_config_is_an_option_that_counts(capsys, text):
-    given = dict(n_layer=2, n_head=1, n_embd=24, block_size=8, dropout=0.25, attention="t2r,elu",
-                 position="rotary", feature_dim=9)
-    config, options = ({f.name for f in fields(cls)} for cls in (train_lm.GPTConfig,
-                                                                 train_lm.Options))
-    assert config & options == set(given)
-    args = [x for k, v in given.items() for x in ("--" + k.replace("_", "-"), v)]
-    config = result(capsys, "--data", text, "--out", "o", *TINY, *args)["config"]
-    assert {k: config[k] for k in given} == given
+def test_a_resumed_run_has_the_weight_decay_given():
+    result(TINY)
+    result("--out o --resume --steps 9 --weight-decay 0.5")
+    groups = train_lm.load_checkpoint("o")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
 
 
-def test_batches_do_not_depend_on_where_a_run_was_cut():
-    orders = [train_lm.example_order(step, 4, 10, seed=0) for step in range(5)]
-    flat = sum(orders, [])
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))    # each pass sees them all
-    assert flat[:10] != flat[10:]
-
-
-def test_checkpoint_errors(capsys, text):
-    result(capsys, "--data", text, "--out", "o", *TINY)
+def test_checkpoint_errors():
+    result(TINY)
     before = Path("o/checkpoint.pt").read_bytes()
-    assert "--overwrite" in failure(capsys, "--data", text, "--out", "o", *TINY)
+    assert "--overwrite" in failure(TINY)
     assert Path("o/checkpoint.pt").read_bytes() == before
+    assert "no checkpoint" in failure(TINY, "--out p --resume")
+    state = torch.load("o/checkpoint.pt")
+    state["model"] = {f"_orig_mod.{name}": x for name, x in state["model"].items()}
+    torch.save(state, "o/checkpoint.pt")
+    assert "other weights" in failure("--out o --sample x")
     Path("o/checkpoint.pt").write_bytes(before[:len(before) // 2])
-    line = failure(capsys, "--data", text, "--out", "o", *TINY, "--resume")
-    assert "o/checkpoint.pt is cut off" in line
-    assert "no checkpoint" in failure(capsys, "--data", text, "--out", "p", *TINY, "--resume")
+    assert "o/checkpoint.pt is cut off" in failure(TINY, "--resume")
 
 
-def test_full_disk_keeps_the_checkpoint_before(text):
+def test_full_disk_keeps_the_checkpoint_before():
     """A limit on file size fails a write as a full disk does."""
-    base = [*TINY, "--data", text, "--out", "o"]
-    assert start(*base).wait() == 0
+    result(TINY)
     before = Path("o/checkpoint.pt").read_bytes()
-    process = start("--out", "o", "--steps", 8, "--resume", preexec_fn=lambda: resource.setrlimit(
+    process = start("--out o --steps 8 --resume", preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)))
     _, err = process.communicate()
     assert process.returncode == 2 and "cannot write o/checkpoint.pt" in err.splitlines()[-1]
@@ -410,109 +454,144 @@ def test_a_checkpoint_is_renamed_into_place(tmp_path):
     assert torch.load(path)["step"] == 2
 
 
-def test_sample_from_a_checkpoint(capsys, text):
-    result(capsys, "--data", text, "--out", "o", *TINY)
-    code, out, _ = run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)
-    assert code == 0 and out.startswith("[line 7]")
-    again = run(capsys, "--out", "o", "--sample", "line 7", "--sample-tokens", 5)[1]
-    assert again.splitlines()[0] == out.splitlines()[0]
-    assert "from 1 to 15" in failure(capsys, "--out", "o", "--sample", "x" * 16)
+# --- the sample -----------------------------------------------------------------------------------
 
 
-# --- several processes, errors --------------------------------------------------------------------
+def test_sample_from_a_checkpoint():
+    result(TINY)
+
+    def text(*args):
+        code, out, _ = run("--out o --sample 'line 7' --sample-tokens 5", *args)
+        assert code == 0 and out.startswith("[line 7]")
+        return out.rsplit("\n\n", 1)[0]
+    assert text() == text() and text("--temperature 0") == text("--top-k 1")
+    assert len({text(), text("--temperature 0"), text("--seed 1")}) == 3
+    assert "from 1 to 15" in failure("--out o --sample", "x" * 16)
+    assert "surrogates" in failure("--out o --sample \udcff")
 
 
-def test_training_is_compiled_on_a_gpu_or_if_asked(capsys, text, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    args = ["--data", text, *TINY]
-    plain = result(capsys, *args, "--out", "plain")
-    assert not compiled
-    assert result(capsys, *args, "--out", "fast", "--compile")["valid"] == plain["valid"]
-    assert len(compiled) == 1
-    assert options(device="cuda", compile=None).compile
+def test_a_recall_model_has_no_text(few_recall):
+    code, out, _ = run(RECALL, "--steps 1")
+    assert code == 0 and "prompt" not in out and Path("o/result.json").exists()
+    assert "no text" in failure(RECALL, "--sample 'c 7'")
 
 
-def test_two_processes_give_the_losses_of_one(capsys, text):
-    args = ["--data", text, *TINY]
-    result(capsys, *args, "--out", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT,
-                    *args, "--out", "two"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                   capture_output=True)
-    one, two = log("one"), log("two")
-    assert [line["step"] for line in two] == [2, 4, 6]
-    for a, b in zip(one, two):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
-        assert a["valid"] == pytest.approx(b["valid"], rel=1e-5)
-
-
-@pytest.mark.parametrize("data", ["text", "recall"])
-def test_accumulation_gives_the_losses_of_one_batch(capsys, text, data, monkeypatch):
-    """In recall sequences have different numbers of targets: micro-batches weigh by these."""
-    monkeypatch.setattr(train_lm.Recall, "sizes", {"train": 40, "valid": 20, "test": 20})
-    args = (["--data", text, *TINY] if data == "text" else
-            [*TINY, "--data", "recall", "--block-size", 15])
-    result(capsys, *args, "--out", "one")
-    result(capsys, *args, "--out", "two", "--micro-batch", 4)
-    result(capsys, *args, "--out", "three", "--micro-batch", 3)
-    for other in ("two", "three"):
-        for a, b in zip(log("one"), log(other)):
-            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
-
-
-def test_the_recipe(text):
-    """AdamW's betas, decay of matrices only, clipping, warm-up and cosine, evaluation mode."""
-    o = options(data=text, batch_size=2, grad_clip=0.5)
-    data = train_lm.load_data(o)
-    model = train_lm.GPT(train_lm.GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2,
-                                            n_embd=16, dropout=0.5))
-    optimizer = train_lm.adamw(model.parameter_groups(0.1), 1e-3)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert optimizer.defaults["betas"] == (0.9, 0.95)
-    norms = []
-    for clip in (0.5, 0.0):
-        step = optimizer.step
-        optimizer.step = lambda: norms.append(torch.stack(
-            [p.grad.norm() for p in model.parameters()]).norm().item())
-        before = torch.random.get_rng_state()
-        train_lm.take_step(model, optimizer, data, 0, options(data=text, batch_size=2,
-                                                              grad_clip=clip))
-        torch.random.set_rng_state(before)
-        optimizer.step = step
-    assert norms[0] == pytest.approx(0.5, rel=1e-4) and norms[1] > 0.6
-    rates = [train_lm.learning_rate(step, 100, 1.0, 0.1) for step in (0, 9, 10, 55, 99)]
-    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1], abs=1e-3)
-    model.train()
-    losses = {train_lm.evaluate(model, data, "valid", o)["loss"] for _ in range(2)}
-    assert len(losses) == 1 and model.training              # no dropout, and on again
-
-
-def test_without_clipping_a_run_trains(capsys, text):
-    result(capsys, "--data", text, "--out", "o", *TINY, "--grad-clip", 0)
-    assert log("o")[-1]["train_loss"] < log("o")[0]["train_loss"]
-
-
-def test_a_sample_that_fails_costs_no_result(capsys, text, monkeypatch):
+def test_a_sample_that_fails_costs_no_result(monkeypatch):
     def fails(*args):
         raise UnicodeEncodeError("charmap", "x", 0, 1, "no such character")
     monkeypatch.setattr(train_lm, "sample", fails)
-    r = result(capsys, "--data", text, "--out", "o", *TINY)
-    assert r == json.loads(Path("o/result.json").read_text())
+    assert result(TINY) == json.loads(Path("o/result.json").read_text())
 
 
-def test_a_hybrid_trains(capsys, text):
-    r = result(capsys, "--data", text, "--out", "o", *TINY, "--n-layer", 2, "--attention",
-               "hedgehog,softmax")
+# --- the training ---------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_config_is_an_option_that_counts():
+    given = dict(n_layer=2, n_head=1, n_embd=24, block_size=8, dropout=0.25, attention="t2r,elu",
+                 position="rotary", feature_dim=9)
+    config, known = ({f.name for f in fields(x)} for x in (GPTConfig, train_lm.Options))
+    assert config & known == set(given)
+    args = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    config = result(TINY, *args)["config"]
+    assert {name: config[name] for name in given} == given
+
+
+def test_a_preset_is_the_defaults_of_its_row():
+    def parse(*args):
+        return vars(train_lm.parse(train_lm.Options, train_lm.PRESETS, train_lm.preset_for,
+                                   train_lm.resumed, "", args))
+    for name, row in train_lm.PRESETS.items():
+        given = dict(preset=name, n_head=7)
+        assert parse("--preset", name, "--n-head", "7") == vars(train_lm.Options(**row | given))
+    assert parse("--epochs", "2")["steps"] == 0 and parse("--data", "recall")["n_embd"] == 64
+
+
+def test_a_hybrid_trains():
+    code, out, _ = run(TINY, "--n-layer 2 --attention hedgehog,softmax")
+    r = json.loads(out.splitlines()[-1])
+    assert code == 0 and "the state is" not in out          # softmax's cache grows
     names = train_lm.load_checkpoint("o")["model"]
     assert r["attention"] == "hedgehog,softmax" and "blocks.0.attn.mix.feature_map.w_q" in names
     assert "blocks.1.attn.mix.feature_map.w_q" not in names
 
 
-def test_text_that_is_not_utf8(capsys, small_bpe):
-    Path("latin.txt").write_bytes(("café\n" * 400).encode("latin-1"))
-    line = failure(capsys, "--data", "latin.txt", "--tokenizer", "gpt2", *TINY)
-    assert "byte 3 is not UTF-8" in line and "--tokenizer bytes" in line
-    result(capsys, "--data", "latin.txt", "--out", "o", *TINY)
+def test_batches_do_not_depend_on_where_a_run_was_cut():
+    orders = [train_lm.example_order(step, 4, 10, seed=0) for step in range(5)]
+    flat = sum(orders, [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))    # each pass sees them all
+    assert flat[:10] != flat[10:]
+
+
+def test_data_smaller_than_a_batch():
+    Path("text.txt").write_text(LINES[:400])                # 90 examples to train on
+    result(TINY, "--block-size 4 --batch-size 256")
+
+
+def test_the_recipe(monkeypatch):
+    """Warm-up and cosine, AdamW's betas, decay of matrices, clipping, evaluation mode."""
+    rates = [train_lm.learning_rate(step, 100, 1.0, 0.1) for step in (0, 9, 10, 55, 99)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1], abs=1e-3)
+    data, model, norms = train_lm.load_data(options()), small_gpt(dropout=0.5), {}
+    optimizer = train_lm.adamw(model.parameter_groups(0.1), 1e-3)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    for group, decay in zip(optimizer.param_groups, (0.1, 0.0)):
+        assert group["weight_decay"] == decay and group["params"]
+        assert all((p.dim() == 2) == (decay > 0) for p in group["params"])
+    for clip in (0.5, 0.0):
+        monkeypatch.setattr(optimizer, "step", lambda: norms.update({clip: torch.stack(
+            [p.grad.norm() for p in model.parameters()]).norm().item()}))
+        train_lm.take_step(model, optimizer, data, 0, options(batch_size=2, grad_clip=clip))
+    assert norms[0.5] == pytest.approx(0.5, rel=1e-4) and norms[0.0] > 0.6
+    losses = {train_lm.evaluate(model, data, "valid", options())["loss"] for _ in range(2)}
+    assert len(losses) == 1 and model.training              # and training goes on with it
+
+
+def test_without_clipping_a_run_trains():
+    result(TINY, "--grad-clip 0")
+    assert log("o")[-1]["train_loss"] < log("o")[0]["train_loss"]
+
+
+def test_other_dropout_in_each_process(monkeypatch):
+    data, seeds = train_lm.load_data(options()), []
+    monkeypatch.setattr(train_lm, "rank", lambda: 1)
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    train_lm.train(options(seed=7, steps=1, out="o"), data)
+    assert seeds == [7, 8]                                  # of the weights, of the dropout
+
+
+def test_training_is_compiled_on_a_gpu_or_if_asked(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    plain = result(TINY, "--out plain")
+    assert not compiled
+    assert result(TINY, "--compile")["valid"] == plain["valid"] and len(compiled) == 1
+    assert options(device="cuda").compile
+
+
+# Sequences of recall have different numbers of targets: micro-batches and processes weigh by these.
+@pytest.mark.parametrize("args", ["", f"{RECALL} --batch-size 16 --micro-batch 4 --eval-every 6"])
+def test_two_processes_give_the_losses_of_one(args):
+    result(TINY, args, "--out one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    train_lm.__file__, *f"{TINY} {args} --out two".split()], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    one, two = log("one"), log("two")
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for a, b in zip(one, two):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["valid"] == pytest.approx(b["valid"], rel=1e-5)
+
+
+@pytest.mark.parametrize("args", ["", RECALL])
+def test_accumulation_gives_the_losses_of_one_batch(few_recall, args):
+    for size in "234":
+        result(TINY, args, "--out", size, "--micro-batch", size)
+    for other in "34":
+        for a, b in zip(log("2"), log(other)):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args, words", [
@@ -524,59 +603,31 @@ def test_text_that_is_not_utf8(capsys, small_bpe):
     ("--attention linear", "'linear' is not one of"), ("--preset huge", "--preset huge"),
     ("--steps 3 --epochs 2", "not both"),
     ("--n-head 3", "n_embd 16 is not a multiple of n_head 3"),
-    ("--device tpu9", "--device tpu9"),
+    ("--device tpu9", "--device tpu9"), ("--device meta", "--device meta"),
     ("--data nowhere", "nowhere is neither"),
     ("--data recall --block-size 16", "must be odd"),
     ("--block-size 20000", "smaller --block-size"),
-    ("--tokenizer gpt2 --data text.txt", "TIKTOKEN_CACHE_DIR"),
+    ("--tokenizer gpt2", "TIKTOKEN_CACHE_DIR"),
+    ("--data empty.txt", "train split has 0 tokens"), ("--data d", "found only train"),
 ])
-def test_one_clear_line_and_exit_code_2(capsys, text, monkeypatch, args, words):
+def test_one_clear_line_and_exit_code_2(monkeypatch, args, words):
     def offline(name):
         raise ConnectionError
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    assert words in failure(capsys, "--data", text, *SHAPE, *args.split())
-    assert not list(Path(".").rglob("*.pt"))
-
-
-def test_empty_and_incomplete_data(capsys):
     Path("empty.txt").write_text("")
-    assert "train split has 0 tokens" in failure(capsys, "--data", "empty.txt", *TINY)
     Path("d").mkdir()
     Path("d/train.txt").write_text(LINES)
-    assert "found only train" in failure(capsys, "--data", "d", *TINY)
+    assert words in failure(SHAPE, args) and not list(Path(".").rglob("*.pt"))
 
 
-def test_a_recall_model_has_no_text(capsys):
-    args = ["--data", "recall", "--block-size", 15, "--n-layer", 1, "--steps", 1, "--out", "o"]
-    code, out, _ = run(capsys, *args)
-    assert code == 0 and "prompt" not in out
-    assert "no text" in failure(capsys, "--data", "recall", "--out", "o", "--sample", "c 7")
+def test_text_that_is_not_utf8(small_bpe):
+    Path("text.txt").write_bytes(("café\n" * 400).encode("latin-1"))
+    line = failure(TINY, "--tokenizer gpt2")
+    assert "byte 3 is not UTF-8" in line and "--tokenizer bytes" in line
+    result(TINY)
 
 
-def test_data_smaller_than_a_batch(capsys):
-    Path("d").mkdir()
-    for split in train_lm.SPLITS:
-        (Path("d") / f"{split}.txt").write_text(LINES[:40])     # two examples, batches of four
-    result(capsys, "--data", "d", "--out", "o", *TINY)
-
-
-def test_text_without_line_ends_is_split_too():
-    for text in ("x" * 1000, "y" * 880 + "\n" + "x" * 119):
-        Path("one.txt").write_text(text)
-        splits = train_lm.load_data(options(data="one.txt")).splits
-        assert [len(splits[s]) for s in train_lm.SPLITS] == [900, 50, 50]
-
-
-def test_what_used_to_be_a_traceback(capsys, text, monkeypatch):
-    result(capsys, "--data", text, "--out", "o", *TINY)
-    assert "--device meta" in failure(capsys, "--data", text, "--device", "meta", *TINY)
-    assert "surrogates" in failure(capsys, "--out", "o", "--sample", "\udcff")
-    state = torch.load("o/checkpoint.pt")
-    state["model"] = {f"_orig_mod.{name}": x for name, x in state["model"].items()}
-    torch.save(state, "o/checkpoint.pt")
-    assert "other weights" in failure(capsys, "--out", "o", "--sample", "x")
-
-    def interrupted(o):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_lm, "load_data", interrupted)
-    assert run(capsys, "--data", text, "--out", "p", *TINY)[0] == 130
+def test_ctrl_c_before_training(monkeypatch):
+    ctrl_c_in(monkeypatch, "load_data", 0)
+    code, _, err = run(TINY)
+    assert code == 130 and err == "stopped\n"
