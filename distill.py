@@ -56,6 +56,7 @@ class Options(train_lm.Options):
     teacher_lr: float = option(3e-3, "its learning rate", 0, 1e3)
     distill: bool = option(True, "stage 1")
     distill_steps: int = option(400, "of stage 1", 1)
+    distill_batch_size: int = option(0, "sequences of a step of stage 1; 0: --batch-size", 0)
     distill_lr: float = option(3e-2, "learning rate of stage 1", 0, 1e3)
     steps: int = option(400, "of stage 2 and of softmax's finetuning", 1)
     lr: float = option(1e-3, "learning rate of these", 0, 1e3)
@@ -138,14 +139,16 @@ def watching(layers, look):
             hook.remove()
 
 
-def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block=256):
+def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block=None):
     """KL(a || b), a softmax's weights and b the map's, mean over heads and queries.
 
     The paper's loss (section 4, Appendix A), -sum_j a_ij log b_ij, less softmax's entropy, which no
     map changes: the same gradient, and 0 when they are alike. Only softmax's logits are divided by
     sqrt(d). The weights are made `block` queries at a time and again in backward, instead of being
-    kept: memory grows with T * block.
+    kept; by default a block has 2^25 of them, 128 MiB.
     """
+    B, H, T, _ = q.shape
+    block = block or max(1, 2**25 // (B * H * T))
     phi_q, phi_k = feature_map(q, k, positions)             # (B, H, T, F)
     mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
 
@@ -154,7 +157,7 @@ def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block
         student = linear_attention_weights(phi_q, phi_k, causal, key_mask)
         return attention_kl(teacher, student, queries)
 
-    T, total = q.size(2), 0.0
+    total = 0.0
     for i in range(0, T, block):
         rows, keys = slice(i, i + block), slice(0, i + block if causal else T)
         queries = mask[:, rows]                             # padding asks nothing
@@ -511,7 +514,9 @@ def save(name, model, task, o, optimizer, steps, seconds, losses):
 
 def convert(task, teacher, o):
     """The whole comparison, as rows of a table."""
-    seeds = [replace(o, seed=o.seed + stage * 10**6) for stage in (1, 2)]   # other batches in each
+    # The stages draw other batches, each by a seed of its own.
+    stage_1 = replace(o, seed=o.seed + 10**6, batch_size=o.distill_batch_size or o.batch_size)
+    stage_2 = replace(o, seed=o.seed + 2 * 10**6)
     label = o.attention if o.distill else f"{o.attention}-no-distill"
     model = model_with(replace(teacher.config, attention=o.attention, feature_dim=o.feature_dim),
                        teacher, o.seed)
@@ -522,18 +527,18 @@ def convert(task, teacher, o):
             row(f"{label}, swapped", model, linear, task, o)]
     if o.distill and any(True for mix in linear for _ in mix.parameters()):
         begin = time.perf_counter()
-        losses = distill(model, linear, task, seeds[0])
+        losses = distill(model, linear, task, stage_1)
         seconds = time.perf_counter() - begin
         rows.append(row(f"{label}, stage 1", model, linear, task, o))
         put(linear, layers)
         save("stage1", model, task, o, train_lm.adamw(model.parameter_groups(o.weight_decay), o.lr),
              o.distill_steps, seconds, losses)
     put(linear, layers)
-    train("stage2", model, task, seeds[1], o.steps, o.lr, o.lora)
+    train("stage2", model, task, stage_2, o.steps, o.lr, o.lora)
     rows.append(row(f"{label}, stage 2", model, linear, task, o))
     if o.baseline:
         model = model_with(teacher.config, teacher, o.seed)
-        train("softmax", model, task, seeds[1], o.steps, o.lr, o.lora)
+        train("softmax", model, task, stage_2, o.steps, o.lr, o.lora)
         rows.append(row("softmax, finetuned", model, softmax, task, o))
     if task.name == "listops":          # as many steps as the teacher and stage 2 together
         torch.manual_seed(o.seed)

@@ -68,7 +68,9 @@ def attention(module, q, k, v, key_mask=None, scaling=None, **_):
 def padding_mask(attention_mask=None, mask_function=None, **_):
     """What reaches `attention` as key_mask: the padding alone. Causality is the module's."""
     name = getattr(mask_function, "__name__", "")
-    if name not in ("causal_mask_function", "bidirectional_mask_function"):
+    # Compiled, transformers takes every batch for a packed one, as it cannot look at the positions.
+    plain = ("causal_mask_function", "bidirectional_mask_function")
+    if name not in plain and not torch.compiler.is_compiling():
         raise ValueError("sliding windows and packed sequences are not supported here")
     return attention_mask
 
