@@ -20,6 +20,7 @@ and softmax/ with a checkpoint.pt each, which train_lm.py samples from and goes 
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -139,31 +140,39 @@ def watching(layers, look):
             hook.remove()
 
 
-def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block=None):
+def kl_of_queries(q, k, phi_q, phi_k, causal, key_mask, queries):
+    teacher = softmax_attention_weights(q, k, causal, key_mask)
+    student = linear_attention_weights(phi_q, phi_k, causal, key_mask)
+    return attention_kl(teacher, student, queries)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block=None,
+                 compile=False):
     """KL(a || b), a softmax's weights and b the map's, mean over heads and queries.
 
     The paper's loss (section 4, Appendix A), -sum_j a_ij log b_ij, less softmax's entropy, which no
     map changes: the same gradient, and 0 when they are alike. Only softmax's logits are divided by
-    sqrt(d). The weights are made `block` queries at a time and again in backward, instead of being
-    kept; by default a block has 2^25 of them, 128 MiB.
+    sqrt(d). The weights are made `block` queries at a time; if that takes several blocks they are
+    made again in backward, instead of being kept. By default a block has 2^25 of them, 128 MiB.
     """
     B, H, T, _ = q.shape
     block = block or max(1, 2**25 // (B * H * T))
+    part = compiled(kl_of_queries) if compile else kl_of_queries
+    if block < T:
+        part = functools.partial(recompute, part, use_reentrant=False)
     phi_q, phi_k = feature_map(q, k, positions)             # (B, H, T, F)
     mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
-
-    def part(q, k, phi_q, phi_k, key_mask, queries):
-        teacher = softmax_attention_weights(q, k, causal, key_mask)
-        student = linear_attention_weights(phi_q, phi_k, causal, key_mask)
-        return attention_kl(teacher, student, queries)
-
     total = 0.0
     for i in range(0, T, block):
         rows, keys = slice(i, i + block), slice(0, i + block if causal else T)
         queries = mask[:, rows]                             # padding asks nothing
-        total = total + queries.sum() * recompute(
-            part, q[:, :, rows], k[:, :, keys], phi_q[:, :, rows], phi_k[:, :, keys],
-            mask[:, keys], queries, use_reentrant=False)
+        total = total + queries.sum() * part(q[:, :, rows], k[:, :, keys], phi_q[:, :, rows],
+                                             phi_k[:, :, keys], causal, mask[:, keys], queries)
     return total / mask.sum().clamp(min=1)
 
 
@@ -189,7 +198,8 @@ def distill(model, mixes, task, o):
                     return
                 q, k = (x.detach().to(parameters[0].dtype) for x in (q, k))
                 with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                    part = mimicry_loss(maps[i], q, k, positions, causal, key_mask)
+                    part = mimicry_loss(maps[i], q, k, positions, causal, key_mask,
+                                        compile=o.compile)
                     part = part * share / len([m for m in maps if m])
                     part.backward()
                 loss = loss + part.detach()
@@ -782,13 +792,13 @@ def run(argv):
         raise ValueError(f"{o.out} holds a run already: --overwrite replaces it, --out DIR keeps "
                          "both")
     try:
-        task, teacher = prepare(o)
-        for name in ("log.jsonl", "result.json"):           # of an earlier run
-            (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        if o.task:
-            train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)
-        rows = convert(task, teacher, o)
+        with train_lm.claimed(out):
+            task, teacher = prepare(o)
+            for name in ("log.jsonl", "result.json"):       # of an earlier run
+                (out / name).unlink(missing_ok=True)
+            if o.task:
+                train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)
+            rows = convert(task, teacher, o)
     except KeyboardInterrupt:
         print(f"stopped; {o.out} has what was finished, a teacher say, and the same command goes "
               "on from there")

@@ -295,16 +295,13 @@ def softmax_attention(q, k, v, causal=True, key_mask=None):
 SMALLEST = 1e-12        # weights below count as this in a logarithm: ReLU features give exact zeros
 
 
-def mean_over_queries(x, queries):
-    """x (B, H, T_q) -> its mean where `queries` is True, 0 if that is nowhere."""
-    if queries is None:
-        return x.mean()
-    return (x * queries.unsqueeze(1)).sum() / (queries.sum().clamp(min=1) * x.size(1))
-
-
 def attention_cross_entropy(teacher, student, queries=None):
     """-sum_j a_ij log b_ij, a the teacher's weights and b the student's."""
-    return mean_over_queries(-(teacher * student.clamp(min=SMALLEST).log()).sum(-1), queries)
+    counted = teacher.sum(-1) > 0       # where ReLU features match no key, there are no weights
+    if queries is not None:
+        counted = counted & queries.unsqueeze(1).bool()     # (B, H, T_q)
+    x = -(teacher * student.clamp(min=SMALLEST).log()).sum(-1)
+    return (x * counted).sum() / counted.sum().clamp(min=1)
 
 
 def entropy(weights, queries=None):

@@ -308,6 +308,8 @@ class Responses:
 
     def __init__(self, path, tokenizer, block_size):
         self.name, self.tokenizer, self.model_tokenizer = Path(path).stem, "", tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"--data {path}: the model's tokenizer has no token to end a response")
         self.block_size, self.vocab_size = block_size, len(tokenizer)
         pairs = self.read(Path(path))
         if Path(path).name == "train.jsonl" and (beside := Path(path).with_name("valid.jsonl")

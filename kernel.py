@@ -84,14 +84,15 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
             return y.to(dtype), (S, z)
 
         T = v.size(2)
-        C = min(chunk, T)
+        C = max(1, min(chunk, T))
+        N = max(1, -(-T // C))
         # N chunks of C tokens; the last is filled up with zero features. (B, H, N, C, F or D)
-        phi_q, phi_k, v = (pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))
+        phi_q, phi_k, v = (pad(x, (0, 0, 0, N * C - T)).unflatten(2, (N, C))
                            for x in (phi_q, phi_k, v))
         S, z = phi_k.mT @ v, phi_k.sum(-2)                  # what each chunk adds
         A = (phi_q @ phi_k.mT).tril()                       # (B, H, N, C, C): inside each chunk
         num, den = A @ v, A.sum(-1, keepdim=True)
-        if state is not None or S.size(2) > 1:              # and from all that came before it
+        if state is not None or N > 1:                      # and from all that came before it
             if state is None:
                 state = torch.zeros_like(S[:, :, 0]), torch.zeros_like(z[:, :, 0])
             S = torch.cat([state[0].unsqueeze(2), S], dim=2).cumsum(2)  # (B, H, N+1, F, D)

@@ -41,6 +41,11 @@ from tqdm import tqdm
 
 from hedgehog import FEATURE_MAPS, GPT, GPTConfig
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -571,6 +576,26 @@ def write_whole(path, write):
                       "another --out; what was there before is untouched")
 
 
+@contextlib.contextmanager
+def claimed(folder):
+    """Within it no other process can claim this folder; a killed one claims nothing."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:                                       # Windows has no such locks
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another "
+                         "--out")
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):                  # it is empty if the run did not begin
+            Path(folder).rmdir()
+
+
 def save_checkpoint(o, model, data, optimizer, progress):
     """OUT/checkpoint.pt: all that --resume, --sample and distill.py need."""
     state = {"options": {f.name: getattr(o, f.name) for f in fields(Options)},
@@ -629,7 +654,8 @@ def train(o, data):
     raw_model = GPT(config).to(o.device)
     torch.manual_seed(o.seed + rank())                      # other dropout in each process
     optimizer = adamw(raw_model.parameter_groups(o.weight_decay), o.lr)
-    progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None}
+    progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None,
+                "first": [0, 0.0]}      # first steps of a process, which compile, and their seconds
 
     # go on with a run, or make room for a new one
     lines = []
@@ -641,7 +667,7 @@ def train(o, data):
         optimizer.load_state_dict(state["optimizer"])
         for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
             group["weight_decay"] = decay                   # the checkpoint's came with its moments
-        progress = state["progress"]
+        progress |= state["progress"]
         if progress["evaluated"] >= steps and (out / "result.json").exists():
             raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
         if steps < progress["step"]:
@@ -669,7 +695,7 @@ def train(o, data):
     model = DistributedDataParallel(model) if world() > 1 else model
     bar = tqdm(total=steps * tokens, initial=progress["step"] * tokens, unit="tok",
                unit_scale=True, disable=rank() > 0, desc="train")
-    interrupted, begin = note_interrupts(), time.perf_counter()
+    interrupted, begin, first_step = note_interrupts(), time.perf_counter(), progress["step"]
     while True:
         step = progress["step"]
         if step > progress["evaluated"] and (step % o.eval_every == 0 or step == steps):
@@ -693,6 +719,10 @@ def train(o, data):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, o.lr, o.warmup)
         progress["losses"].append(take_step(model, optimizer, data, step, o))
+        if step == first_step:
+            float(progress["losses"][-1])                   # waits for the device
+            count, seconds = progress["first"]
+            progress["first"] = [count + 1, seconds + time.perf_counter() - begin]
         progress["step"] = step = step + 1
         bar.update(tokens)
         if step % 10 == 1 or step % o.eval_every == 0 or step == steps or interrupted:
@@ -716,11 +746,14 @@ def train(o, data):
         command = ["python", "train_lm.py", "--resume", "--out", o.out]
         print(f"stopped and saved at step {progress['step']}; to go on: {shlex.join(command)}")
         return raw_model, None
+    # Of all steps but the first ones, if there are others.
+    count, seconds = progress["first"] if steps > progress["first"][0] else (0, 0.0)
+    speed = (steps - count) * tokens / max(progress["seconds"] - seconds, 1e-9)
     result = {"attention": o.attention, "data": data.name, "tokenizer": data.tokenizer,
               "parameters": sum(p.numel() for p in raw_model.parameters()), "steps": steps,
               "tokens": steps * tokens, "valid": progress["valid"],
               **({"test": test} if test else {}), "seconds": round(progress["seconds"], 1),
-              "tokens_per_second": round(steps * tokens / max(progress["seconds"], 1e-9)),
+              "tokens_per_second": round(speed),
               "device": device_name(o), "precision": o.precision, "seed": o.seed,
               "config": asdict(config)}
     if o.device.startswith("cuda"):
@@ -825,7 +858,8 @@ def run(argv):
         sample(o, model, state["data"][1], o.sample)
         return 0
     data = load_data(o)
-    model, result = train(o, data)
+    with claimed(o.out) if rank() == 0 else contextlib.nullcontext():
+        model, result = train(o, data)
     if result is None:
         return 130
     if rank() == 0:

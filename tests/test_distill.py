@@ -587,11 +587,11 @@ def ctrl_c_in(monkeypatch, module, name):
     """Ctrl-C is pressed at the start of the second call of a function."""
     real, calls = getattr(module, name), []
 
-    def spy(*args):
+    def spy(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
-        return real(*args)
+        return real(*args, **options)
     monkeypatch.setattr(module, name, spy)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, Performer, rotate,
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, Performer, entropy, rotate,
                       softmax_attention, softmax_attention_weights)
 from kernel import linear_attention_weights
 
@@ -185,6 +185,12 @@ def test_a_query_without_a_key_has_weights_zero():
     mask[0, :4] = False                                     # padding on the left
     a = softmax_attention_weights(q, k, True, mask)
     assert not a[0, :, :4].any() and a.isfinite().all()
+
+
+def test_queries_without_weights_do_not_count_as_spiky():
+    weights = torch.zeros(1, 1, 2, 4)
+    weights[0, 0, 1] = 0.25
+    assert abs(entropy(weights) - math.log(4)) < 1e-6
 
 
 def test_converting_and_watching_a_layer():

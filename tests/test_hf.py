@@ -39,7 +39,7 @@ FAMILIES = {
 CAUSAL = ["gpt2", "llama"]
 
 
-def tokenizer(folder):
+def tokenizer(folder, **special):
     """Bytes, and an end of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -47,9 +47,8 @@ def tokenizer(folder):
     t = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<eos>",
-                                                pad_token="<eos>")
-    fast.save_pretrained(folder)
+    special = special or dict(eos_token="<eos>", pad_token="<eos>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=t, **special).save_pretrained(folder)
 
 
 @pytest.fixture
@@ -336,6 +335,20 @@ def test_responses(stock, capsys):
     assert code == 0, err
     row = json.loads(out.splitlines()[-1])["rows"][-1]
     assert math.isfinite(row["perplexity"]) and 0 <= row.get("rougeL", 0) <= 100
+    tokenizer("gpt2", eos_token="<eos>")                    # no token to pad with: not needed
+    again = json.loads(run(capsys, "--teacher", "gpt2", "--data", "d.jsonl", "--out", "p", *SHORT,
+                           "--block-size", 64, "--rouge", 2)[1].splitlines()[-1])["rows"][-1]
+    assert again == row
+
+
+def test_a_compiled_model_is_one_graph(stock):
+    stock("llama")
+    model, (idx, mask) = load("llama").convert("hedgehog"), batch("llama")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for key_mask in (None, mask):
+        torch.testing.assert_close(compiled(idx, key_mask=key_mask)[0],
+                                   model(idx, key_mask=key_mask)[0])
+    torch.compiler.reset()
 
 
 def test_bert_on_glue_and_vit_on_images(stock, capsys):
@@ -373,10 +386,19 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.from_pretrained("mistral")).save_pretrained("mistral")
     tokenizer("mistral")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=270, n_embd=8, n_layer=1, n_head=1, add_cross_attention=True)
+        ).save_pretrained("cross")
+    tokenizer("cross")
+    Path("d.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 20)
+    load("llama").hf.save_pretrained("endless")
+    tokenizer("endless", bos_token="<eos>")
     for args, words in (
             ("--teacher nowhere --data empty.jsonl", "nowhere is not to be had"),
             ("--teacher t5 --data empty.jsonl", "t5 is not to be had"),
             ("--teacher mistral --data empty.jsonl", "mistral models"),
+            ("--teacher cross --data empty.jsonl", "cross attention"),
+            ("--teacher endless --data d.jsonl", "no token to end a response"),
             ("--teacher llama --data empty.jsonl", "too few examples"),
             ("--teacher llama --data bad.jsonl", "line 1"),
             ("--teacher wrong.gguf --data bad.jsonl", "wrong.gguf is not"),

@@ -132,3 +132,12 @@ def test_one_token_honours_the_mask():
                                       mask[:, now].long(), state)       # ints as well as bools
         y.append(y_t)
     assert error(torch.cat(y, dim=2), exact) < 1e-10
+
+
+def test_no_tokens():
+    x = torch.rand(2, 3, 0, 4)
+    y, (S, z) = linear_attention(x, x, x)
+    assert y.shape == x.shape and not S.any() and not z.any()
+    state = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4)
+    after = linear_attention(x, x, x, state=state)[1]
+    assert all(torch.equal(a, b) for a, b in zip(after, state))

@@ -245,7 +245,7 @@ def test_recall_is_learned(monkeypatch):
 @pytest.fixture
 def wikitext(monkeypatch):
     """A small zip with the real one's layout behind a local server: /whole, /cut, /missing."""
-    with zipfile.ZipFile("w.zip", "w") as z:
+    with zipfile.ZipFile("w.zip", "w", zipfile.ZIP_DEFLATED) as z:
         for split in train_lm.SPLITS:
             z.writestr(f"wikitext-103-raw/wiki.{split}.raw", LINES)
     whole = Path("w.zip").read_bytes()
@@ -257,7 +257,8 @@ def wikitext(monkeypatch):
             self.send_response(200)
             self.send_header("Content-Length", str(len(whole)))
             self.end_headers()
-            self.wfile.write(whole[:100] if self.path == "/cut" else whole)
+            damaged = whole[:100] + bytes(50) + whole[150:]     # in the first file's data
+            self.wfile.write({"/cut": whole[:100], "/damaged": damaged}.get(self.path, whole))
 
         def log_message(self, *args):
             pass
@@ -283,7 +284,7 @@ def test_wikitext_from_the_second_mirror(wikitext, small_bpe, first):
 
 
 def test_wikitext_not_to_be_had(wikitext):
-    for path in ("missing", "cut"):
+    for path in ("missing", "cut", "damaged"):
         line = failure(wikitext(path))
         assert "put the zip at data/wikitext-103-raw-v1.zip" in line and "--data stdlib" in line
     assert not Path("o").exists()
@@ -340,6 +341,30 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(number):
     assert log("o") == log("whole") and not list(Path("o").glob("*.part*"))
     a, b = (train_lm.load_checkpoint(out)["model"] for out in ("whole", "o"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_run_at_a_time_writes_to_a_folder():
+    process = start(LONG, "--out o")
+    while not Path("o/checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    for more in ("--resume", "--overwrite"):
+        assert "another process is writing to o" in failure(LONG, "--out o", more)
+    process.kill()
+    process.communicate()
+    result("--out o --resume")                              # a killed one is in nobody's way
+
+
+def test_the_first_step_does_not_count_for_the_speed(monkeypatch):
+    real = train_lm.take_step
+
+    def step(model, optimizer, task, step, o):
+        time.sleep(2.0 if step == 0 else 0.0)               # as if it compiled
+        return real(model, optimizer, task, step, o)
+
+    monkeypatch.setattr(train_lm, "take_step", step)
+    r = result(f"{TINY} --data text.txt --steps 4")
+    assert r["seconds"] > 2 and r["tokens_per_second"] > r["tokens"]
 
 
 @pytest.mark.parametrize("name, call", [("take_step", 13), ("evaluate", 0), ("evaluate", 2)])
