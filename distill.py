@@ -14,8 +14,8 @@
 The paper's section 4: every attention layer gets a feature map, which first learns to give
 softmax's attention weights (stage 1, all else frozen); then linear attention takes softmax's place
 and the whole model is finetuned for a while (stage 2). From top to bottom: options, the two stages,
-adapters, tasks, tables, analysis. OUT gets log.jsonl, result.json, and teacher/, stage1/, stage2/
-and softmax/ with a checkpoint.pt each, which train_lm.py samples from and goes on with.
+adapters, tables, analysis. OUT gets log.jsonl, result.json, and teacher/, stage1/, stage2/ and
+softmax/ with a checkpoint.pt each, which train_lm.py samples from and goes on with.
 """
 
 import contextlib
@@ -24,14 +24,11 @@ import functools
 import json
 import math
 import os
-import random
-import statistics
 import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -42,6 +39,8 @@ import train_lm
 from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, SoftmaxAttention, attention_kl,
                       entropy, monotonicity, softmax_attention_weights)
 from kernel import linear_attention_weights
+from tasks import (Classification, Images, Responses, glue, gpt2_encoding, listops, load_data,
+                   matthews)
 from train_lm import autocast, option
 
 # --- options --------------------------------------------------------------------------------------
@@ -295,36 +294,18 @@ def merge_lora(model):
         parametrize.remove_parametrizations(module, "weight")
 
 
-# --- tasks ----------------------------------------------------------------------------------------
+# --- from a teacher to a table --------------------------------------------------------------------
 
 
-class Classification:
-    """Sequences and their classes, a task as train_lm.Text is one.
-
-    splits: split -> list of (token ids, class). figure: what one is judged by, in per cent.
-    """
-
-    def __init__(self, name, tokenizer, vocab_size, splits, figure="accuracy"):
-        self.name, self.tokenizer, self.vocab_size = name, tokenizer, vocab_size
-        self.splits, self.figure = splits, figure
-        self.classes = 1 + max(label for _, label in splits["train"])
-
-    def num_examples(self, split):
-        return len(self.splits[split])
-
-    def num_targets(self, split, indices):
-        return len(indices)
-
-    def batch(self, split, indices):
-        """Token ids (B, T) up to the longest, classes (B), and where there is no padding (B, T)."""
-        ids, labels = zip(*(self.splits[split][i] for i in indices))
-        ids = [torch.from_numpy(x.astype(np.int64)) for x in ids]
-        mask = [torch.ones_like(x, dtype=torch.bool) for x in ids]
-        idx, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
-        return idx, torch.tensor(labels), mask
-
-    def metrics(self, split, loss, accuracy):
-        return {"loss": loss, "accuracy": 100 * accuracy}
+def model_with(config, teacher, seed=0):
+    """A new model of this config with all of the teacher's weights that it has a place for."""
+    torch.manual_seed(seed)
+    if not isinstance(teacher, GPT):
+        return copy.deepcopy(teacher).convert(config.attention, config.feature_dim)
+    model = GPT(config).to(next(teacher.parameters()))      # its device and precision
+    model.load_state_dict({name: x for name, x in teacher.state_dict().items()
+                           if name in model.state_dict()}, strict=False)
+    return model
 
 
 @torch.no_grad()
@@ -340,113 +321,6 @@ def score(model, task, o):
             logits = model(idx.to(o.device), key_mask=mask.to(o.device))[0]
         guesses += logits.argmax(-1).tolist()
     return 100 * matthews([label for _, label in task.splits["valid"]], guesses)
-
-
-def matthews(labels, guesses):
-    """Correlation of two binary sequences; 0 if one of them is constant."""
-    if min(np.std(labels), np.std(guesses)) == 0:
-        return 0.0
-    return float(np.corrcoef(labels, guesses)[0, 1])
-
-
-def listops(low, high, sizes, seed=0):
-    """Long Range Arena's ListOps (Tay et al., arXiv 2011.04006): MIN, MAX, MED, SM of digits.
-
-    Tokens are 0 to 9, the operators 10 to 13 and the closing bracket 14. Expressions with low <
-    length < high, no two the same. Returns split -> list of (ids, value).
-    """
-    rng, seen, tries = random.Random(seed), set(), 0
-
-    def grow(depth):
-        if depth >= 10 or rng.random() >= 0.25:
-            return [rng.randrange(10)]
-        ids = [rng.randrange(10, 14)]
-        for _ in range(rng.randint(2, 10)):
-            ids += grow(depth + 1)
-            if len(ids) >= high:                            # too long already, whatever follows
-                break
-        return [*ids, 14]
-
-    splits = {}
-    for split, size in sizes.items():
-        splits[split] = []
-        while len(splits[split]) < size:
-            ids, tries = grow(1), tries + 1
-            if tries == 100_000:
-                raise ValueError(f"too few expressions are longer than {low} and shorter than "
-                                 f"{high}: give other lengths or fewer --listops-examples")
-            if low < len(ids) < high and (key := bytes(ids)) not in seen:
-                seen.add(key)
-                tries = 0
-                splits[split].append((np.array(ids, np.uint8), listops_value(ids)))
-    return splits
-
-
-def listops_value(ids):
-    """The digit that an expression in listops' token ids stands for."""
-    stack = []
-    for token in ids:
-        if token != 14:
-            stack.append(token)
-            continue
-        digits = []
-        while stack[-1] < 10:
-            digits.append(stack.pop())
-        operators = min, max, lambda x: int(statistics.median(x)), lambda x: sum(x) % 10
-        stack.append(operators[stack.pop() - 10](digits))
-    return int(stack[0])
-
-
-TEXT_COLUMNS = ("sentence", "sentence1", "sentence2", "question", "question1", "question2",
-                "#1 String", "#2 String")
-LABEL_COLUMNS = ("label", "gold_label", "is_duplicate", "Quality")
-
-
-def glue(folder, encode, block_size):
-    """GLUE's train.tsv and dev.tsv: split -> list of (ids, class), and the figure to judge by.
-
-    The header names the columns, except in CoLA, which has none. Two sentences are joined by a
-    newline; what is longer than block_size is cut. Lines with other columns are left out, and
-    counted on the screen.
-    """
-    splits, labels, figure = {}, None, "accuracy"
-    for split, name in (("train", "train.tsv"), ("valid", "dev.tsv")):
-        text = (folder / name).read_text(encoding="utf-8-sig", errors="replace")
-        rows = [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip()]
-        head = rows[0] if rows else []
-        texts = [i for i, column in enumerate(head) if column in TEXT_COLUMNS]
-        label = [i for i, column in enumerate(head) if column in LABEL_COLUMNS]
-        if texts and label:
-            rows, label = rows[1:], label[0]
-        elif len(head) == 4 and head[1] in ("0", "1"):      # CoLA: source, label, star, sentence
-            texts, label, figure = [3], 1, "matthews"
-        else:
-            raise ValueError(f"{folder / name}: no columns of text and label are known in its "
-                             f"first line: {' | '.join(head)[:60]!r}")
-        whole = [row for row in rows if len(row) == len(head)]
-        if len(whole) < len(rows):
-            print(f"{folder / name}: {len(rows) - len(whole)} of {len(rows)} lines have not "
-                  f"{len(head)} columns and are left out")
-        labels = labels or sorted({row[label] for row in whole})
-        if not whole or not {row[label] for row in whole} <= set(labels):
-            raise ValueError(f"{folder / name} has no examples, or labels that train.tsv has not")
-        splits[split] = [(np.array((encode("\n".join(row[i] for i in texts)) or [0])[:block_size],
-                                   np.uint16), labels.index(row[label])) for row in whole]
-    return splits, figure
-
-
-# --- from a teacher to a table --------------------------------------------------------------------
-
-
-def model_with(config, teacher, seed=0):
-    """A new model of this config with all of the teacher's weights that it has a place for."""
-    torch.manual_seed(seed)
-    if not isinstance(teacher, GPT):
-        return copy.deepcopy(teacher).convert(config.attention, config.feature_dim)
-    model = GPT(config).to(next(teacher.parameters()))      # its device and precision
-    model.load_state_dict({name: x for name, x in teacher.state_dict().items()
-                           if name in model.state_dict()}, strict=False)
-    return model
 
 
 @torch.no_grad()
@@ -581,10 +455,10 @@ def load(run, o):
         if model.config.num_classes or tokenizer not in ("bytes", "gpt2"):
             raise ValueError(f"{run} is not a model of text: give a run of train_lm.py on text")
         if o.task:
-            return glue_task(o, tokenizer, train_lm.gpt2_encoding().encode_ordinary
+            return glue_task(o, tokenizer, gpt2_encoding().encode_ordinary
                              if tokenizer == "gpt2" else lambda text: list(text.encode()),
                              model.config), model, stage
-        data = train_lm.load_data(o)
+        data = load_data(o)
         if (data.tokenizer, data.vocab_size) != (tokenizer, model.config.vocab_size):
             raise ValueError(f"--data {o.data} is {data.tokenizer} tokens of {data.vocab_size}, "
                              f"the model has {tokenizer} tokens of {model.config.vocab_size}")
@@ -602,14 +476,14 @@ def load(run, o):
                              ignore_mismatched_sizes=True), model.stage
     if o.task:
         model = hf.load(run, "ImageClassification", o.device)
-        task = hf.Images(o.task, model.tokenizer)
+        task = Images(o.task, model.tokenizer)
         return task, hf.load(run, "ImageClassification", o.device, num_labels=task.classes,
                              ignore_mismatched_sizes=True), model.stage
     model = hf.load(run, "CausalLM", o.device)
     model.check_length(o.block_size)
     if o.data.endswith(".jsonl"):
-        return hf.Responses(o.data, model.tokenizer, o.block_size), model, model.stage
-    return train_lm.load_data(o, hf.encoding(model.tokenizer)), model, model.stage
+        return Responses(o.data, model.tokenizer, o.block_size), model, model.stage
+    return load_data(o, hf.encoding(model.tokenizer)), model, model.stage
 
 
 def is_run(path):
@@ -648,7 +522,7 @@ def train_teacher(o):
                 raise ValueError(f"{t.out} was trained with {key} {saved[key]}: --overwrite "
                                  "replaces it, --out DIR keeps it")
     if not begun or not Path(t.out, "result.json").exists():
-        _, result = train_lm.train(replace(t, resume=begun), train_lm.load_data(t))
+        _, result = train_lm.train(replace(t, resume=begun), load_data(t))
         if result is None:
             raise KeyboardInterrupt
         train_lm.write_result(t.out, result)

@@ -12,7 +12,6 @@ not know where a model comes from. `HuggingFace` gives a model GPT's interface.
 """
 
 import inspect
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -292,136 +290,6 @@ def encoding(tokenizer):
         encode_ordinary_batch=lambda lines: tokenizer(lines, add_special_tokens=False)["input_ids"],
         encode_ordinary=lambda text: tokenizer(text)["input_ids"],
         decode=tokenizer.decode)
-
-
-# --- tasks ----------------------------------------------------------------------------------------
-
-
-class Responses:
-    """Prompts and responses from a .jsonl file, a task as train_lm.Text is one: the loss is over
-    the response alone. A line has dialogue and summary, or prompt and response.
-
-    FILE.jsonl is cut into 90 % to train on and 10 % to judge by, unless it is called train.jsonl
-    and valid.jsonl lies beside it.
-    """
-    figure = "perplexity"
-
-    def __init__(self, path, tokenizer, block_size):
-        self.name, self.tokenizer, self.model_tokenizer = Path(path).stem, "", tokenizer
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"--data {path}: the model's tokenizer has no token to end a response")
-        self.block_size, self.vocab_size = block_size, len(tokenizer)
-        pairs = self.read(Path(path))
-        if Path(path).name == "train.jsonl" and (beside := Path(path).with_name("valid.jsonl")
-                                                 ).exists():
-            self.splits = {"train": pairs, "valid": self.read(beside)}
-        else:
-            cut = len(pairs) * 9 // 10
-            self.splits = {"train": pairs[:cut], "valid": pairs[cut:]}
-        if not all(self.splits.values()):
-            raise ValueError(f"{path}: too few examples to train on and to judge by")
-
-    def read(self, path):
-        pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                x = json.loads(line)
-                prompt, response = ((x["prompt"], x["response"]) if "prompt" in x else (
-                    f"Summarize this dialog:\n{x['dialogue']}\n---\nSummary:\n", x["summary"]))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: no JSON with prompt and response, or "
-                                 "dialogue and summary")
-            eos = [self.model_tokenizer.eos_token_id]
-            prompt = self.model_tokenizer(prompt)["input_ids"]
-            answer = self.model_tokenizer(response, add_special_tokens=False)["input_ids"] + eos
-            room = self.block_size - min(len(answer), self.block_size // 2)
-            pairs.append((prompt[-room:], answer[:self.block_size // 2], response))
-        return pairs
-
-    def num_examples(self, split):
-        return len(self.splits[split])
-
-    def num_targets(self, split, indices):
-        return sum(len(self.splits[split][i][1]) for i in indices)
-
-    def batch(self, split, indices):
-        """Inputs, targets (-1 but for the response) and mask (B, T), padded on the right."""
-        rows = [self.splits[split][i][:2] for i in indices]
-        T = max(len(prompt) + len(answer) for prompt, answer in rows) - 1
-        x = torch.zeros(len(rows), T, dtype=torch.long)
-        y, mask = torch.full_like(x, -1), torch.zeros_like(x, dtype=torch.bool)
-        for i, (prompt, answer) in enumerate(rows):
-            ids = torch.tensor(prompt + answer)
-            x[i, :len(ids) - 1], mask[i, :len(ids) - 1] = ids[:-1], True
-            y[i, len(prompt) - 1:len(ids) - 1] = ids[len(prompt):]
-        return x, y, mask
-
-    def metrics(self, split, loss, accuracy):
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
-
-    def rouge(self, model, o, progress):
-        """ROUGE-1, -2, -L (F, per cent) of greedy responses to the validation prompts."""
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError:
-            return {}
-        tokenizer, scores = self.model_tokenizer, []
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (
-            tokenizer.eos_token_id)
-        n = min(o.rouge, self.num_examples("valid"))
-        for i in progress(range(0, n, o.micro_batch)):
-            rows = self.splits["valid"][i:min(i + o.micro_batch, n)]
-            T = max(len(prompt) for prompt, _, _ in rows)
-            idx = torch.full((len(rows), T), pad)
-            mask = torch.zeros_like(idx)
-            for j, (prompt, _, _) in enumerate(rows):       # padded on the left: all end together
-                idx[j, T - len(prompt):], mask[j, T - len(prompt):] = torch.tensor(prompt), 1
-            room = max(1, min(64, model.config.block_size - T))
-            out = model.hf.generate(idx.to(o.device), attention_mask=mask.to(o.device),
-                                    max_new_tokens=room, do_sample=False, pad_token_id=pad,
-                                    eos_token_id=tokenizer.eos_token_id)
-            for (_, _, response), ids in zip(rows, out[:, T:]):
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                scores.append([x.fmeasure for x in scorer.score(response, text).values()])
-        return dict(zip(("rouge1", "rouge2", "rougeL"), (100 * np.mean(scores, axis=0)).tolist()))
-
-
-class Images:
-    """Folders of images named by their class, a task: FOLDER/train/CLASS and FOLDER/valid/CLASS, or
-    FOLDER/CLASS, of which every tenth image is to judge by."""
-    figure = "accuracy"
-
-    def __init__(self, folder, processor):
-        self.name, self.tokenizer, self.processor = Path(folder).name, "", processor
-        split = Path(folder, "train").is_dir() and Path(folder, "valid").is_dir()
-        roots = {s: Path(folder, s) if split else Path(folder) for s in ("train", "valid")}
-        names = sorted(x.name for x in roots["train"].iterdir() if x.is_dir())
-        self.classes, self.splits = len(names), {}
-        for s, root in roots.items():
-            files = [(file, label) for label, name in enumerate(names)
-                     for file in sorted((root / name).glob("*"))]
-            self.splits[s] = files if split else [
-                x for i, x in enumerate(files) if (i % 10 == 9) == (s == "valid")]
-            if not self.splits[s]:
-                raise ValueError(f"--task {folder}: no images in folders named by their class")
-
-    def num_examples(self, split):
-        return len(self.splits[split])
-
-    def num_targets(self, split, indices):
-        return len(indices)
-
-    def batch(self, split, indices):
-        """Pixels (B, 3, height, width) by the model's image processor, and classes (B)."""
-        from PIL import Image
-
-        files, labels = zip(*(self.splits[split][i] for i in indices))
-        images = [Image.open(file).convert("RGB") for file in files]
-        return self.processor(images, return_tensors="pt")["pixel_values"], torch.tensor(labels)
-
-    def metrics(self, split, loss, accuracy):
-        return {"loss": loss, "accuracy": 100 * accuracy}
 
 
 # --- GPT-2 as the project's own GPT ---------------------------------------------------------------

@@ -9,15 +9,13 @@
     python train_lm.py --sample "def main("             continue a prompt with the model in --out
     torchrun --nproc_per_node=8 train_lm.py             the same batches on 8 GPUs
 
-From top to bottom: options, data, a training step, checkpoints, the training loop, sampling. OUT
+From top to bottom: options, a training step, checkpoints, the training loop, sampling. OUT
 gets checkpoint.pt, log.jsonl (a line an evaluation) and result.json (also the last line printed).
 """
 
 import argparse
 import contextlib
 import functools
-import hashlib
-import http.client
 import json
 import math
 import os
@@ -25,9 +23,7 @@ import platform
 import shlex
 import signal
 import sys
-import sysconfig
 import time
-import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date, timedelta
@@ -40,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from hedgehog import FEATURE_MAPS, GPT, GPTConfig
+from tasks import gpt2_encoding, load_data, write_whole
 
 try:
     import fcntl
@@ -190,253 +187,6 @@ def checked(kind, low, high):
     return convert
 
 
-# --- data -----------------------------------------------------------------------------------------
-#
-# A task to train on, here Text or Recall, has
-#
-#     batch(split, indices)           tensors for the model: inputs, targets and perhaps a key_mask
-#     num_examples(split)             how many indices there are
-#     num_targets(split, indices)     over how many targets the model's loss of a batch is a mean
-#     metrics(split, loss, accuracy)  what one reports of a mean loss in nats, as a dict
-
-SPLITS = ("train", "valid", "test")
-WIKITEXT_LINES = {"train": 1_801_350, "valid": 3_760, "test": 4_358}
-WIKITEXT_URLS = ["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
-                 "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/"
-                 "wikitext-103-raw-v1.zip"]
-
-
-class Text:
-    """Token ids in splits, cut into examples of block_size tokens that each predict the next one.
-
-    splits: "train", "valid" and perhaps "test" -> uint16 array of token ids.
-    counts: split -> {"words": .., "bytes": ..} as far as known; words are separated by white space.
-    """
-    figure = "perplexity"               # the metric to judge a model by
-
-    def __init__(self, name, tokenizer, vocab_size, splits, counts, block_size):
-        self.name, self.tokenizer, self.vocab_size = name, tokenizer, vocab_size
-        self.splits, self.counts, self.block_size = splits, counts, block_size
-        if not {"train", "valid"} <= set(splits):
-            raise ValueError(f"{name}: a train and a valid split are needed, found only "
-                             + ", ".join(splits))
-        for split, tokens in splits.items():
-            if len(tokens) <= block_size:
-                raise ValueError(f"{name}: the {split} split has {len(tokens)} tokens, a context "
-                                 f"needs {block_size + 1}: more text or a smaller --block-size")
-            if int(tokens.max()) >= vocab_size:
-                raise ValueError(f"{name}: the {split} split holds token {tokens.max()}, its "
-                                 f"vocabulary ends at {vocab_size - 1}: tokenise it again")
-
-    def num_examples(self, split):
-        """All whole ones to train on; to evaluate on, the ragged last one too."""
-        whole, rest = divmod(len(self.splits[split]) - 1, self.block_size)
-        return whole + (split != "train" and rest > 0)
-
-    def num_targets(self, split, indices):
-        tokens = len(self.splits[split]) - 1
-        return sum(min(self.block_size, tokens - i * self.block_size) for i in indices)
-
-    def batch(self, split, indices):
-        """Inputs and targets (B, T) of the examples; targets are -1 past the end of the split."""
-        T = self.block_size
-        x = torch.zeros(len(indices), T, dtype=torch.long)
-        y = torch.full_like(x, -1)
-        for row, i in enumerate(indices):
-            window = self.splits[split][i * T:(i + 1) * T + 1].astype(np.int64)
-            x[row, :len(window) - 1] = torch.from_numpy(window[:-1])
-            y[row, :len(window) - 1] = torch.from_numpy(window[1:])
-        return x, y
-
-    def metrics(self, split, loss, accuracy):
-        """Perplexity per token; per word and bits per byte share the summed loss out among all
-        words and bytes of the split, where their number is known."""
-        total, count = loss * (len(self.splits[split]) - 1), self.counts.get(split, {})
-        out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
-        if self.tokenizer != "bytes" and count.get("words"):
-            out["perplexity_per_word"] = math.exp(min(total / count["words"], 700))
-        if count.get("bytes"):
-            out["bits_per_byte"] = total / count["bytes"] / math.log(2)
-        return out
-
-
-class Recall:
-    """Associative recall (the paper's Table 12): which value came after this key?
-
-        x   c 7 a 3 f 9 a 3 c 7 f      10,000 sequences to train on, 2,000 others to test on, each
-        y   . . . . . . 3 . 7 . 9      with its own key -> value table, its keys 1 to 16 of 16
-
-    Training predicts every value whose key came before ("." is -1), evaluation the last one only.
-    The sequences with few keys are what lets recall be learned in minutes.
-    """
-    name, tokenizer, vocab_size, keys = "recall", "recall", 32, 16
-    sizes = {"train": 10_000, "valid": 2_000, "test": 2_000}
-
-    def __init__(self, block_size):
-        if block_size % 2 == 0 or block_size < 3:
-            raise ValueError(f"--data recall: --block-size {block_size} must be odd and above 1: "
-                             "key-value pairs and a key")
-        self.splits, self.block_size = {}, block_size
-        for seed, (split, n) in enumerate(self.sizes.items()):
-            rng = np.random.default_rng(seed)
-            table = rng.integers(self.keys, self.vocab_size, (n, self.keys))
-            own = rng.permuted(np.tile(np.arange(self.keys), (n, 1)), axis=1)
-            count = rng.integers(1, self.keys + 1, (n, 1))
-            keys = np.take_along_axis(own, rng.integers(0, count, (n, block_size // 2 + 1)), axis=1)
-            keys[:, -1] = rng.permuted(keys[:, :-1], axis=1)[:, 0]  # ask for a key that came
-            values = np.take_along_axis(table, keys, axis=1)
-            rows = np.stack([keys, values], axis=2).reshape(n, -1)
-            self.splits[split] = rows.astype(np.uint8)      # key, value, ..., key, value
-
-    def num_examples(self, split):
-        return self.sizes[split]
-
-    def num_targets(self, split, indices):
-        return int((self.batch(split, indices)[1] >= 0).sum())
-
-    def batch(self, split, indices):
-        rows = torch.from_numpy(self.splits[split][indices].astype(np.int64))
-        x, y = rows[:, :-1], rows[:, 1:].clone()
-        keys = rows[:, ::2]                                 # (B, pairs)
-        ask = (keys.unsqueeze(2) == keys.unsqueeze(1)).tril(-1).any(2)
-        if split != "train":
-            ask[:, :-1] = False
-        y[:, ::2].masked_fill_(~ask, -1)                    # values stand at even places of y
-        y[:, 1::2] = -1
-        return x, y
-
-    def metrics(self, split, loss, accuracy):
-        return {"loss": loss, "accuracy": accuracy}
-
-
-def load_data(o, encoding=None):
-    """The dataset that --data names; of several processes the first one prepares it. `encoding` is
-    another tokenizer than bytes or GPT-2's, with what tokenise() uses of it."""
-    if rank() > 0:
-        dist.barrier()
-    if o.data == "recall":
-        data = Recall(o.block_size)
-    elif (Path(o.data) / "train.bin").exists():
-        data = load_bins(Path(o.data), Path(o.data).resolve().name, o)
-    else:
-        data = tokenise(*read_text(o), o, encoding)
-    if rank() == 0 and dist.is_initialized():
-        dist.barrier()
-    return data
-
-
-def read_text(o):
-    """What --data names: its name, split -> bytes, and its tokenizer unless one is given."""
-    path = Path(o.data)
-    if o.data == "stdlib":
-        return f"stdlib-{platform.python_version()}", read_stdlib(), "bytes"
-    if o.data == "wikitext103":
-        path = wikitext103(Path(o.data_dir))
-    name = path.resolve().name
-    if path.is_file():                                      # 90, 5 and 5 %, cut at line ends
-        text = path.read_bytes()
-        places = [len(text) * part // 20 for part in (18, 19)]
-        a, b = (text.find(b"\n", place) + 1 for place in places)
-        a, b = (a, b) if 0 < a < b < len(text) else places
-        return name, {"train": text[:a], "valid": text[a:b], "test": text[b:]}, "bytes"
-    for pattern in ("wiki.{}.raw", "wiki.{}.tokens", "{}.txt"):
-        files = {split: path / pattern.format(split) for split in SPLITS}
-        if files["train"].exists():
-            return name, {split: file.read_bytes() for split, file in files.items()
-                          if file.exists()}, "gpt2" if pattern.startswith("wiki") else "bytes"
-    raise ValueError(f"--data {path} is neither a text file nor a folder with train.bin, "
-                     "train.txt, wiki.train.raw or wiki.train.tokens")
-
-
-def read_stdlib():
-    """The Python standard library's source on this machine, without its own tests.
-
-    2 % of the files are valid, 2 % test, by a hash of the path: a file never changes its split.
-    """
-    root, texts = Path(sysconfig.get_paths()["stdlib"]), {split: [] for split in SPLITS}
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if not skip & set(name.parts):
-            bucket = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % 50
-            texts[{0: "valid", 1: "test"}.get(bucket, "train")].append(path.read_bytes())
-    return {split: b"".join(parts) for split, parts in texts.items()}
-
-
-def wikitext103(data_dir):
-    """The folder of WikiText-103 raw: unpacked here, or from the zip here, or downloaded once."""
-    folder, archive = data_dir / "wikitext-103-raw", data_dir / "wikitext-103-raw-v1.zip"
-    data_dir.mkdir(parents=True, exist_ok=True)
-    for url in WIKITEXT_URLS:
-        if not folder.exists() and not zipfile.is_zipfile(archive):     # none, or one cut off
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                torch.hub.download_url_to_file(url, str(archive))
-    try:
-        if not folder.exists():
-            zipfile.ZipFile(archive).extractall(data_dir)
-        for split, lines in WIKITEXT_LINES.items():
-            if (folder / f"wiki.{split}.raw").read_bytes().count(b"\n") != lines:
-                raise ValueError(f"{folder}/wiki.{split}.raw has not {lines:,} lines")
-    except (FileNotFoundError, ValueError, zipfile.BadZipFile, EOFError, zlib.error) as e:
-        raise ValueError(f"no WikiText-103 ({e}): remove {folder} and put the zip at {archive}, or "
-                         "use --data stdlib, which needs no download")
-    return folder
-
-
-def tokenise(name, raw, tokenizer, o, encoding=None):
-    """Text from split -> bytes; tokens, unless bytes, are kept in data_dir for the next time."""
-    counts = {s: {"bytes": len(text), "words": len(text.split())} for s, text in raw.items()}
-    tokenizer = encoding.name if encoding else o.tokenizer or tokenizer
-    if tokenizer == "bytes":
-        splits = {split: np.frombuffer(text, np.uint8) for split, text in raw.items()}
-        return Text(name, "bytes", 256, splits, counts, o.block_size)
-    digest = hashlib.sha256(repr([tokenizer, *((s, hashlib.sha256(text).digest())
-                                               for s, text in raw.items())]).encode()).hexdigest()
-    cache = Path(o.data_dir) / "tokens" / f"{name}-{digest[:12]}"
-    if not (cache / "meta.json").exists():                  # which is written last
-        encoding = encoding or gpt2_encoding()
-        dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
-        for split, text in raw.items():
-            try:
-                lines = text.decode().splitlines(keepends=True)
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{name}, {split}: byte {e.start:,} is not UTF-8; --tokenizer "
-                                 "bytes takes any text")
-            ids = [np.zeros(0, dtype)]
-            for i in tqdm(range(0, len(lines), 4096), desc=f"tokenise {split}"):
-                for line in encoding.encode_ordinary_batch(lines[i:i + 4096]):
-                    ids.append(np.array(line, dtype))
-            write_whole(cache / f"{split}.bin", lambda f: f.write(np.concatenate(ids).tobytes()))
-        meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype, **counts}
-        write_whole(cache / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    return load_bins(cache, name, o)
-
-
-def load_bins(folder, name, o):
-    """{train,valid,test}.bin, token ids, and meta.json beside them; uint16 if it names no dtype."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
-        dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta.get("dtype", "uint16")]
-        counts = {split: dict(meta.get(split, {})) for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        raise ValueError(f"{folder / 'meta.json'} is missing, or names no tokenizer and "
-                         "vocab_size, or another dtype than uint16 and uint32")
-    paths = {split: folder / f"{split}.bin" for split in SPLITS}
-    splits = {split: np.fromfile(path, dtype) for split, path in paths.items() if path.exists()}
-    return Text(name, tokenizer, vocab_size, splits, counts, o.block_size)
-
-
-def gpt2_encoding():
-    try:
-        import tiktoken                                     # only this tokenizer needs it
-        return tiktoken.get_encoding("gpt2")
-    except Exception as e:                                  # whatever its HTTP library raises
-        raise ValueError(f"tiktoken does not give GPT-2's vocabulary ({type(e).__name__}): go "
-                         "online once, set TIKTOKEN_CACHE_DIR to a filled cache, or use "
-                         "--tokenizer bytes")
-
-
 # --- one step, one evaluation ---------------------------------------------------------------------
 
 
@@ -558,22 +308,6 @@ def evaluate(model, task, split, o, interrupted=()):
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
-
-
-def write_whole(path, write):
-    """write(file) beside path and rename it, so that path always holds a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as e:                    # torch.save's is a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): make room or choose "
-                      "another --out; what was there before is untouched")
 
 
 @contextlib.contextmanager
@@ -857,7 +591,11 @@ def run(argv):
         model, state = load_model(o.out, o.device)
         sample(o, model, state["data"][1], o.sample)
         return 0
+    if rank() > 0:                      # of several processes the first one downloads and tokenises
+        dist.barrier()
     data = load_data(o)
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
     with claimed(o.out) if rank() == 0 else contextlib.nullcontext():
         model, result = train(o, data)
     if result is None:

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import distill
+import tasks
 import train_lm
-from distill import (LowRank, add_lora, glue, listops, listops_value, matthews, merge_lora,
-                     mimicry_loss, model_with)
+from distill import LowRank, add_lora, merge_lora, mimicry_loss, model_with
 from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, SoftmaxAttention, attention_cross_entropy,
                       attention_kl, entropy, monotonicity, softmax_attention_weights)
 from kernel import linear_attention_weights
+from tasks import glue, listops, listops_value, matthews
 
 B, H, T, D = 2, 2, 9, 4
 PADDING = {"right": (0, slice(6, T)), "left": (0, slice(5)), "a whole sequence": 0,
@@ -189,7 +190,7 @@ def options(**more):
 def text(size=200):
     rng = np.random.default_rng(2)
     splits = {split: rng.integers(0, 40, size).astype(np.uint8) for split in ("train", "valid")}
-    return train_lm.Text("random", "bytes", 256, splits, {}, 12)
+    return tasks.Text("random", "bytes", 256, splits, {}, 12)
 
 
 def run_distill(model, mixes=None, task=None, **more):
@@ -359,7 +360,7 @@ def test_glue_layouts(tmp_path, capsys):
 def classification():
     """A task of three sequences and two classes."""
     examples = [(np.arange(n, dtype=np.uint8), label) for n, label in ((3, 0), (7, 1), (5, 0))]
-    return distill.Classification("task", "bytes", 40, {"train": examples, "valid": examples})
+    return tasks.Classification("task", "bytes", 40, {"train": examples, "valid": examples})
 
 
 def test_batches_say_what_is_padding():
@@ -485,7 +486,7 @@ def test_end_to_end(here):
     assert r["valid"]["perplexity"] == pytest.approx(stage2["perplexity"], rel=0.05)
     model, _ = train_lm.load_model("d/stage1", "cpu")       # a checkpoint gives its row's figure
     o = options(data="text.txt", block_size=32)
-    assert distill.score(model, train_lm.load_data(o), o) == pytest.approx(stage1["perplexity"])
+    assert distill.score(model, tasks.load_data(o), o) == pytest.approx(stage1["perplexity"])
     code, out, _ = run("--analyze d/stage1 --plot f --micro-batch 8")
     assert code == 0 and "layer 2" in out
     assert "wrote f/entropy.png" in out or "pip install matplotlib" in out

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 import distill
 import hf
+import tasks
 import train_lm
 from hedgehog import GPT, SoftmaxAttention
 
@@ -233,7 +234,7 @@ def options(tmp, **more):
 def text_task():
     rng = np.random.default_rng(0)
     splits = {s: rng.integers(1, 257, 400).astype(np.uint16) for s in ("train", "valid")}
-    return train_lm.Text("random", "", 270, splits, {}, 16)
+    return tasks.Text("random", "", 270, splits, {}, 16)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
@@ -247,7 +248,7 @@ def test_stage_1(stock, tmp_path, family):
                                              torch.zeros(len(indices), dtype=torch.long))
     elif family == "bert":
         examples = [(np.arange(1, n), n % 2) for n in range(4, 14)]
-        task = distill.Classification("c", "", 270, {"train": examples, "valid": examples})
+        task = tasks.Classification("c", "", 270, {"train": examples, "valid": examples})
     else:
         task = text_task()
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -323,7 +324,7 @@ def test_responses(stock, capsys):
     stock("gpt2")
     lines = [json.dumps({"dialogue": f"A: {i}", "summary": f"{i}."}) for i in range(40)]
     Path("d.jsonl").write_text("\n".join(lines))
-    task = hf.Responses("d.jsonl", hf.load("gpt2").tokenizer, 64)
+    task = tasks.Responses("d.jsonl", hf.load("gpt2").tokenizer, 64)
     x, y, mask = task.batch("train", [0, 11])
     for i, text in ((0, "0."), (1, "11.")):
         answer = y[i][y[i] >= 0].tolist()

@@ -21,6 +21,7 @@ import pytest
 import tiktoken
 import torch
 
+import tasks
 import train_lm
 from hedgehog import FEATURE_MAPS, GPT, GPTConfig
 
@@ -48,12 +49,13 @@ def small_bpe(monkeypatch):
     ranks = {bytes([i]): i for i in range(256)} | {b"li": 256, b"ne": 257}
     encoding = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
                                  special_tokens={})
-    monkeypatch.setattr(train_lm, "gpt2_encoding", lambda: encoding)
+    for module in (tasks, train_lm):
+        monkeypatch.setattr(module, "gpt2_encoding", lambda: encoding)
 
 
 @pytest.fixture
 def few_recall(monkeypatch):
-    monkeypatch.setattr(train_lm.Recall, "sizes", {"train": 40, "valid": 20, "test": 20})
+    monkeypatch.setattr(tasks.Recall, "sizes", {"train": 40, "valid": 20, "test": 20})
 
 
 def run(*args):
@@ -96,7 +98,7 @@ def log(out):
 def write_bins(ids, **meta):
     """A folder d of token ids; returns options to train on it."""
     Path("d").mkdir(exist_ok=True)
-    for split in train_lm.SPLITS:
+    for split in tasks.SPLITS:
         ids.tofile(f"d/{split}.bin")
     Path("d/meta.json").write_text(json.dumps(meta))
     return f"{TINY} --data d --out p"
@@ -120,7 +122,7 @@ def test_figures_cover_the_whole_split():
     """Perplexity and bits per byte against a sum over the split token by token."""
     r = result(TINY)["valid"]
     gpt, _ = train_lm.load_model("o", "cpu")
-    tokens = torch.from_numpy(train_lm.load_data(options()).splits["valid"].astype(np.int64))
+    tokens = torch.from_numpy(tasks.load_data(options()).splits["valid"].astype(np.int64))
     nats = []
     for i in range(0, len(tokens) - 1, 16):
         window = tokens[i:i + 17]
@@ -141,7 +143,7 @@ def test_figures_cover_the_whole_split():
 ])
 def test_splits_of_a_file(text, sizes):
     Path("text.txt").write_text(text)
-    splits = [x.tobytes() for x in train_lm.load_data(options()).splits.values()]
+    splits = [x.tobytes() for x in tasks.load_data(options()).splits.values()]
     assert b"".join(splits) == text.encode()
     if sizes is None:
         assert all(x.endswith(b"\n") and abs(len(x) / len(text) - share) < 0.01
@@ -162,7 +164,7 @@ def test_folder_of_text(small_bpe, pattern):
     cached, = Path("data/tokens").iterdir()
     before = (cached / "train.bin").stat().st_mtime_ns
     tokens = np.fromfile(cached / "train.bin", np.uint16)
-    assert train_lm.gpt2_encoding().decode(tokens.tolist()) == LINES and tokens.max() == 257
+    assert tasks.gpt2_encoding().decode(tokens.tolist()) == LINES and tokens.max() == 257
     assert np.log(r["valid"]["perplexity_per_word"]) == pytest.approx(
         r["valid"]["loss"] * (len(tokens) - 1) / len(LINES.split()))
     result(TINY, "--data d --overwrite")
@@ -179,7 +181,7 @@ def test_folder_of_bins(small_bpe):
     r = result(command)
     assert r["config"]["vocab_size"] == 258 and "bits_per_byte" in r["valid"]
     write_bins((ids + 60000).astype(np.uint32), tokenizer="x", vocab_size=70000, dtype="uint32")
-    assert (train_lm.load_data(options(data="d")).splits["train"] == ids + 60000).all()
+    assert (tasks.load_data(options(data="d")).splits["train"] == ids + 60000).all()
     Path("d/valid.bin").write_bytes(b"")
     assert "has 0 tokens" in failure(command)
     Path("d/meta.json").unlink()
@@ -206,13 +208,13 @@ def test_stdlib():
     code, out, _ = run(SHAPE, "--data stdlib --out o --steps 2 --eval-every 2 --block-size 64 "
                        "--micro-batch 64")
     assert code == 0 and "stdlib-3" in out
-    a, b = (train_lm.read_stdlib() for _ in range(2))
+    a, b = (tasks.read_stdlib() for _ in range(2))
     assert a == b
     assert len(a["train"]) > 50 * len(a["valid"]) * 0.3 and len(a["test"]) > 10_000
 
 
 def test_recall_task():
-    data = train_lm.Recall(63)
+    data = tasks.Recall(63)
     x, y = data.batch("train", [0, 1, 2])
     for keys_values, targets in zip(x.tolist(), y.tolist()):
         table = {}
@@ -233,8 +235,8 @@ def test_recall_with_every_attention(few_recall, attention):
 
 
 def test_recall_is_learned(monkeypatch):
-    monkeypatch.setattr(train_lm.Recall, "keys", 2)
-    monkeypatch.setattr(train_lm.Recall, "vocab_size", 4)
+    monkeypatch.setattr(tasks.Recall, "keys", 2)
+    monkeypatch.setattr(tasks.Recall, "vocab_size", 4)
     r = result("--data recall --out o --steps 400 --block-size 9 --n-head 2 --lr 3e-3")
     assert r["test"]["accuracy"] > 0.9                      # guessing is right half of the time
 
@@ -246,7 +248,7 @@ def test_recall_is_learned(monkeypatch):
 def wikitext(monkeypatch):
     """A small zip with the real one's layout behind a local server: /whole, /cut, /missing."""
     with zipfile.ZipFile("w.zip", "w", zipfile.ZIP_DEFLATED) as z:
-        for split in train_lm.SPLITS:
+        for split in tasks.SPLITS:
             z.writestr(f"wikitext-103-raw/wiki.{split}.raw", LINES)
     whole = Path("w.zip").read_bytes()
 
@@ -265,10 +267,10 @@ def wikitext(monkeypatch):
 
     def use(*paths):
         urls = [f"http://127.0.0.1:{server.server_port}/{path}" for path in paths]
-        monkeypatch.setattr(train_lm, "WIKITEXT_URLS", urls)
+        monkeypatch.setattr(tasks, "WIKITEXT_URLS", urls)
         return f"{TINY} --data wikitext103"
 
-    monkeypatch.setattr(train_lm, "WIKITEXT_LINES", dict.fromkeys(train_lm.SPLITS, 400))
+    monkeypatch.setattr(tasks, "WIKITEXT_LINES", dict.fromkeys(tasks.SPLITS, 400))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield use
@@ -364,7 +366,7 @@ def test_the_first_step_does_not_count_for_the_speed(monkeypatch):
 
     monkeypatch.setattr(train_lm, "take_step", step)
     r = result(f"{TINY} --data text.txt --steps 4")
-    assert r["seconds"] > 2 and r["tokens_per_second"] > r["tokens"]
+    assert r["tokens_per_second"] * r["seconds"] > 1.2 * r["tokens"]
 
 
 @pytest.mark.parametrize("name, call", [("take_step", 13), ("evaluate", 0), ("evaluate", 2)])
@@ -381,7 +383,7 @@ def test_ctrl_c_anywhere_changes_nothing(monkeypatch, name, call):
 
 def test_an_interrupted_evaluation_ends_after_a_batch(monkeypatch):
     o, batches = options(micro_batch=4), []
-    data = train_lm.load_data(o)
+    data = tasks.load_data(o)
     batch = data.batch
     monkeypatch.setattr(data, "batch", lambda *args: batches.append(args) or batch(*args))
     assert train_lm.evaluate(small_gpt(), data, "valid", o, [True]) is None and len(batches) == 1
@@ -397,7 +399,7 @@ def test_the_second_ctrl_c_ends_at_once():
 
 
 def test_after_training_ctrl_c_is_pythons_own():
-    train_lm.train(options(steps=1, out="o"), train_lm.load_data(options()))
+    train_lm.train(options(steps=1, out="o"), tasks.load_data(options()))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -407,7 +409,7 @@ def test_resume_to_the_step_where_ctrl_c_came(monkeypatch):
     assert run(TINY, "--eval-every 3")[0] == 130
     r = result("--out o --resume --steps 5")
     assert [line["step"] for line in log("o")] == [3, 5]
-    model, data = train_lm.load_model("o", "cpu")[0], train_lm.load_data(options())
+    model, data = train_lm.load_model("o", "cpu")[0], tasks.load_data(options())
     assert r["valid"] == log("o")[-1]["valid"] == train_lm.evaluate(
         model, data, "valid", options(micro_batch=2))
 
@@ -472,9 +474,9 @@ def test_full_disk_keeps_the_checkpoint_before():
 def test_a_checkpoint_is_renamed_into_place(tmp_path):
     """Not written over: a kill in the middle of that would leave half a file."""
     path = tmp_path / "checkpoint.pt"
-    train_lm.write_whole(path, lambda f: torch.save({"step": 1}, f))
+    tasks.write_whole(path, lambda f: torch.save({"step": 1}, f))
     with open(path, "rb") as first:
-        train_lm.write_whole(path, lambda f: torch.save({"step": 2}, f))
+        tasks.write_whole(path, lambda f: torch.save({"step": 2}, f))
         assert torch.load(first)["step"] == 1               # the first file is as it was
     assert torch.load(path)["step"] == 2
 
@@ -556,7 +558,7 @@ def test_the_recipe(monkeypatch):
     """Warm-up and cosine, AdamW's betas, decay of matrices, clipping, evaluation mode."""
     rates = [train_lm.learning_rate(step, 100, 1.0, 0.1) for step in (0, 9, 10, 55, 99)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1], abs=1e-3)
-    data, model, norms = train_lm.load_data(options()), small_gpt(dropout=0.5), {}
+    data, model, norms = tasks.load_data(options()), small_gpt(dropout=0.5), {}
     optimizer = train_lm.adamw(model.parameter_groups(0.1), 1e-3)
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0)):
@@ -577,7 +579,7 @@ def test_without_clipping_a_run_trains():
 
 
 def test_other_dropout_in_each_process(monkeypatch):
-    data, seeds = train_lm.load_data(options()), []
+    data, seeds = tasks.load_data(options()), []
     monkeypatch.setattr(train_lm, "rank", lambda: 1)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     train_lm.train(options(seed=7, steps=1, out="o"), data)
