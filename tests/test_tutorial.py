@@ -66,15 +66,6 @@ def test_a_wrong_output_is_noticed():
     assert [(a, b) for _, a, b in outputs(text)] == [("", ""), ("3\n", "2\n")]
 
 
-def test_quoted_lines_are_in_the_kernel():
-    """Blocks marked py in the tutorial are lines of kernel.py, but for their comments."""
-    quoted, code = ({line.split("#")[0].strip() for line in text.splitlines() if line.strip()}
-                    for text in ("".join(re.findall(r"^```py\n(.*?)^```$",
-                                                    (ROOT / "tutorial.md").read_text(),
-                                                    re.M | re.S)), SOURCES))
-    assert quoted and not quoted - code
-
-
 def missing(text):
     """The options, files and names in inline code that the repository does not have."""
     blocks = "".join(re.findall(r"^```python.*?^```$", text, flags=re.M | re.S))
