@@ -485,34 +485,43 @@ PART = 1024         # tokens of one program of the gradient kernels
 def kernels_take(q, v, w_q, causal=True, key_mask=None):
     """Whether fused_attention serves: the one place where kernels or PyTorch are chosen.
 
-    Tiles have sides that are powers of two, and need the shared memory of data-centre GPUs since
-    Hopper. One token is quicker by recurrent_step.
+    Tiles have sides that are powers of two, and the largest need a data-centre GPU since Hopper. One
+    token is quicker by recurrent_step.
     """
-    X, D = q.size(-1), v.size(-1)
-    F_max, D_max = (256, 128) if v.dtype == torch.bfloat16 else (128, 64)
-    return (v.is_cuda and hasattr(triton, "compile") and large_tiles_fit()
+    X, D, shared = q.size(-1), v.size(-1), shared_memory()
+    large = v.dtype == torch.bfloat16 and shared >= LARGE
+    F_max, D_max = (256, 128) if large else (128, 64)
+    return (v.is_cuda and hasattr(triton, "compile") and shared >= SMALL
             and causal and key_mask is None and v.size(2) > 1
             and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max
             and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X))
 
 
+SMALL, LARGE = 99 * 1024, 227 * 1024       # of a GeForce since Ampere; of an H100, H200, B200
+
+
 @torch.compiler.assume_constant_result
-def large_tiles_fit():
-    return torch.cuda.get_device_capability()[0] in (9, 10)
+def shared_memory():
+    """Bytes of it that a program can have on this GPU, 0 if that has no bf16; without one LARGE."""
+    if not torch.cuda.is_available():
+        return LARGE
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return getattr(gpu, "shared_memory_per_block_optin", 0) if gpu.major >= 8 else 0
 
 
 def constants(kernel, q, v, w_q):
     """What is fixed when `kernel` is compiled for these tensors: sizes, precision, and the tile.
 
     A tile is the chunk length, the warps (32 threads each) and the pipeline stages, rounds of the
-    loop whose loads are under way at once: the fastest on an H200, for large tiles what fits.
+    loop whose loads are under way at once: the fastest on an H200, elsewhere what fits
+    (tests/test_targets.py).
     """
     X, D = q.size(-1), v.size(-1)
     F = X if w_q is None else 2 * X
     C, warps, stages = 64, 4, {forward_kernel: 2, states_kernel: 3}.get(kernel, 1)
     if v.dtype != torch.bfloat16:
-        C, warps, stages = 32, 8, 1
+        C, warps, stages = (32, 8, 1) if shared_memory() >= LARGE else (16, 4, 1)
     elif F > 128 or D > 64:
         C, warps, stages = 64, 8, 1
     P = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(v.dtype, "ieee")
@@ -705,7 +714,7 @@ def main():
     if not torch.cuda.is_available():
         print("no GPU: the kernels run in Triton's interpreter")
         return int(not check("cpu", torch.float32))
-    if not large_tiles_fit():
+    if shared_memory() < SMALL:
         return f"the kernels are not for {torch.cuda.get_device_name()}: PyTorch runs instead"
     right = [check("cuda", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     print("ms, forward and forward + backward; tests/bench_kernel.py has rivals and memory, too")

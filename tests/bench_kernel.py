@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hedgehog import hedgehog_features
-from kernel import chunked_linear_attention, fused_attention, large_tiles_fit
+from kernel import SMALL, chunked_linear_attention, fused_attention, shared_memory
 
 
 def contenders(with_fla):
@@ -119,8 +119,8 @@ if __name__ == "__main__":
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(9, 17)])
     parser.add_argument("--fla", action="store_true", help="flash-linear-attention, too")
     args = parser.parse_args()
-    if not torch.cuda.is_available() or not large_tiles_fit():
-        sys.exit("this needs a data-centre Hopper or Blackwell GPU")
+    if not torch.cuda.is_available() or shared_memory() < SMALL:
+        sys.exit("this needs an NVIDIA GPU with bf16")
     table = benchmark(contenders(args.fla), args.lengths)
     if args.plot:
         plot(table, args.lengths, args.plot)

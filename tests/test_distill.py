@@ -369,6 +369,14 @@ def test_batches_say_what_is_padding():
     assert idx.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
 
 
+def test_evaluation_honours_the_mask():
+    """Sequences of other lengths in a batch, or each by itself, without padding."""
+    model, task = teacher(causal=False, num_classes=2), classification()
+    together, alone = (train_lm.evaluate(model, task, "valid", options(micro_batch=n))["loss"]
+                       for n in (3, 1))
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
 def test_lora_trains_adapters_and_maps_only(tmp_path):
     model = teacher(attention="hedgehog", causal=False, num_classes=2).float()
     before = {name: p.clone() for name, p in model.named_parameters()}
