@@ -261,9 +261,12 @@ def test_sampling():
     many = gpt.generate(idx.repeat(500, 1), 1, top_k=3)[:, 1]
     likeliest = gpt(idx)[0][0, -1].topk(3).indices
     assert set(many.tolist()) == set(likeliest.tolist())
-    gpt.train()
-    gpt.generate(idx, 1)
-    assert gpt.training
+
+
+def test_generation_is_without_dropout_and_leaves_the_mode():
+    gpt, idx = model(dropout=0.5), torch.zeros(1, 1, dtype=torch.long)
+    whole = gpt.eval().generate(idx, 12, temperature=0)
+    assert torch.equal(gpt.train().generate(idx, 12, temperature=0), whole) and gpt.training
 
 
 def test_initialisation():
