@@ -530,7 +530,7 @@ def train_teacher(o):
 
 
 def prepare(o):
-    """Task and teacher. With --task the teacher has learned it by finetuning here."""
+    """Task and teacher. With --task FOLDER the teacher has still to learn it, in run()."""
     if o.task == "listops":
         task, teacher = listops_task(o)
     elif o.task and not o.teacher:

@@ -29,7 +29,8 @@ try:
     import transformers
     from transformers.cache_utils import Cache, CacheLayerMixin
 except ImportError as e:
-    raise ValueError(f"models of Hugging Face need transformers ({e}): pip install transformers")
+    raise ValueError(f"models of Hugging Face need transformers ({e}): pip install "
+                     "'transformers>=5.17,<5.25'")
 
 FAMILIES = ("gpt2", "llama", "bert", "vit")
 
@@ -284,7 +285,7 @@ def load_gguf(path):
 
 
 def encoding(tokenizer):
-    """The tokenizer as train_lm.tokenise wants one."""
+    """The tokenizer as tasks.tokenise wants one."""
     return SimpleNamespace(
         name=Path(tokenizer.name_or_path or "tokenizer").name, n_vocab=len(tokenizer),
         encode_ordinary_batch=lambda lines: tokenizer(lines, add_special_tokens=False)["input_ids"],

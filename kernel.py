@@ -483,10 +483,10 @@ PART = 1024         # tokens of one program of the gradient kernels
 
 
 def kernels_take(q, v, w_q, causal=True, key_mask=None):
-    """Whether fused_attention serves: the one place where kernels or PyTorch are chosen.
+    """Whether fused_attention serves: the one condition by which kernels or PyTorch are chosen.
 
-    Tiles have sides that are powers of two, and the largest need a data-centre GPU since Hopper. One
-    token is quicker by recurrent_step.
+    Tiles have sides that are powers of two, and the largest need a data-centre GPU since Hopper.
+    One token is quicker by recurrent_step.
     """
     X, D, shared = q.size(-1), v.size(-1), shared_memory()
     large = v.dtype == torch.bfloat16 and shared >= LARGE

@@ -43,7 +43,7 @@ WIKITEXT_URLS = ["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
 class Text:
     """Token ids in splits, cut into examples of block_size tokens that each predict the next one.
 
-    splits: "train", "valid" and perhaps "test" -> uint16 array of token ids.
+    splits: "train", "valid" and perhaps "test" -> array of token ids, unsigned integers.
     counts: split -> {"words": .., "bytes": ..} as far as known; words are separated by white space.
     """
     figure = "perplexity"
@@ -95,8 +95,8 @@ class Text:
 
 
 def load_data(o, encoding=None):
-    """The task that --data names, by the options data, data_dir, tokenizer and block_size. `encoding`
-    is another tokenizer than bytes or GPT-2's, with what tokenise() uses of it."""
+    """The task that --data names, by the options data, data_dir, tokenizer and block_size.
+    `encoding` is another tokenizer than bytes or GPT-2's, with what tokenise() uses of it."""
     if o.data == "recall":
         return Recall(o.block_size)
     if (Path(o.data) / "train.bin").exists():
@@ -289,7 +289,7 @@ class Recall:
 
 
 class Classification:
-    """Sequences and their classes, a task as train_lm.Text is one.
+    """Sequences and their classes, a task as Text is one.
 
     splits: split -> list of (token ids, class). figure: what one is judged by, in per cent.
     """
@@ -414,7 +414,7 @@ def glue(folder, encode, block_size):
 
 
 class Responses:
-    """Prompts and responses from a .jsonl file, a task as train_lm.Text is one: the loss is over
+    """Prompts and responses from a .jsonl file, a task as Text is one: the loss is over
     the response alone. A line has dialogue and summary, or prompt and response.
 
     FILE.jsonl is cut into 90 % to train on and 10 % to judge by, unless it is called train.jsonl

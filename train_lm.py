@@ -177,6 +177,9 @@ def resumed(values, given):
 
 def checked(kind, low, high):
     """An argparse type: text as a `kind`, a number only if it is in [low, high]."""
+    if kind is int and high == math.inf:
+        high = 2**31 - 1                                    # more of anything cannot be had
+
     def convert(text):
         value = kind(text)
         if low is not None and not low <= value <= high:    # also for NaN
@@ -542,9 +545,10 @@ def sample(o, model, tokenizer, prompt):
     with torch.no_grad():
         caches = model.hidden(idx, [None] * model.config.n_layer)[1]
     kept, per_token = sum(x.nbytes for cache in caches for x in cache), 8 * model.config.n_embd
+    beyond = ", the text beyond is longer than anything that it has seen"
     print(f"[{decode(ids)}]{decode(text[len(ids):])}\n\n{new} tokens after the [prompt], "
-          f"{speed:,.0f} a second; the model was trained on contexts of {model.config.block_size}, "
-          "the text beyond is longer than anything that it has seen")
+          f"{speed:,.0f} a second; the model was trained on contexts of {model.config.block_size}"
+          + beyond * (len(text) > model.config.block_size))
     if "softmax" not in model.config.attentions:
         print(f"the state is {kept:,} bytes whatever the length; softmax's cache would be "
               f"{per_token * model.config.n_layer * len(text):,} bytes by now")

@@ -627,6 +627,7 @@ def test_accumulation_gives_the_losses_of_one_batch(few_recall, args):
     ("--epochs 0", "--steps 0"), ("--dropout 1", "dropout 1.0 is not"), ("--seed -1", "--seed"),
     ("--warmup 100", "--warmup"), ("--temperature inf", "--temperature"), ("--lr nan", "--lr"),
     ("--epochs inf", "--epochs"), ("--seed 18446744073709551616", "--seed"),
+    ("--steps 99999999999999999999", "--steps"),
     ("--attention linear", "'linear' is not one of"), ("--preset huge", "--preset huge"),
     ("--steps 3 --epochs 2", "not both"),
     ("--n-head 3", "n_embd 16 is not a multiple of n_head 3"),
