@@ -1,6 +1,6 @@
 """The kernels compile for cards that are not here, and fit into the shared memory there.
 
-    python tests/test_targets.py       all cards, dtypes and head dims, in minutes; the tests: a part
+    python tests/test_targets.py       all cards, dtypes and head dims, in minutes; tests: a part
 
 Triton compiles for a named target without a GPU. Compiled kernels are not run.
 """
