@@ -414,7 +414,7 @@ def convert(task, teacher, o):
         losses = distill(model, linear, task, stage_1)
         seconds = time.perf_counter() - begin
         rows.append(row(f"{label}, stage 1", model, linear, task, o))
-        put(linear, layers)
+        put(linear, layers)             # what is saved has its maps in place
         save("stage1", model, task, o, train_lm.adamw(model.parameter_groups(o.weight_decay), o.lr),
              o.distill_steps, seconds, losses)
     put(linear, layers)
@@ -673,14 +673,14 @@ def run(argv):
             if o.task:
                 train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)
             rows = convert(task, teacher, o)
+            line = train_lm.write_result(o.out, {
+                "data": task.name, "figure": task.figure, "rows": rows, "seed": o.seed,
+                "seconds": round(time.perf_counter() - begin, 1),
+                "device": train_lm.device_name(o), "precision": o.precision, "options": vars(o)})
     except KeyboardInterrupt:
         print(f"stopped; {o.out} has what was finished, a teacher say, and the same command goes "
               "on from there")
         return 130
-    line = train_lm.write_result(o.out, {
-        "data": task.name, "figure": task.figure, "rows": rows, "seed": o.seed,
-        "seconds": round(time.perf_counter() - begin, 1), "device": train_lm.device_name(o),
-        "precision": o.precision, "options": vars(o)})
     print_table(rows, task.figure)
     print(line)
     return 0

@@ -181,8 +181,7 @@ class ReLU(FeatureMap):
 
 
 class Exp(FeatureMap):
-    """phi(x) = exp(t x): the spikier the larger t, not monotone in q.k; the paper's probe (section
-    3)."""
+    """phi(x) = exp(t x): spikier with t, not monotone in q.k; the paper's probe (section 3)."""
     t = 1.0
 
     def forward(self, q, k, positions):

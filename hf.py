@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hedgehog import GPTConfig, SoftmaxAttention, make_mix
+from hedgehog import GPT, GPTConfig, SoftmaxAttention, make_mix
 
 try:
     import transformers
@@ -67,7 +67,8 @@ def attention(module, q, k, v, key_mask=None, scaling=None, **_):
 def padding_mask(attention_mask=None, mask_function=None, **_):
     """What reaches `attention` as key_mask: the padding alone. Causality is the module's."""
     name = getattr(mask_function, "__name__", "")
-    # Compiled, transformers takes every batch for a packed one, as it cannot look at the positions.
+    # Compiled, transformers takes every batch for a packed one, as it cannot look at the positions:
+    # there a batch that really is packed passes unnoticed.
     plain = ("causal_mask_function", "bidirectional_mask_function")
     if name not in plain and not torch.compiler.is_compiling():
         raise ValueError("sliding windows and packed sequences are not supported here")
@@ -208,12 +209,7 @@ class HuggingFace(nn.Module):
             raise ValueError(f"--block-size {length}: the model has positions up to "
                              f"{self.config.block_size}, give a smaller one")
 
-    def parameter_groups(self, weight_decay):
-        decay = {True: [], False: []}
-        for name, p in self.named_parameters():
-            decay[p.dim() >= 2 and "feature_map" not in name].append(p)
-        return [{"params": decay[True], "weight_decay": weight_decay},
-                {"params": decay[False], "weight_decay": 0.0}]
+    parameter_groups = GPT.parameter_groups
 
     def save(self, folder):
         """A checkpoint of the model's family, which transformers opens as the softmax model, and
@@ -315,8 +311,6 @@ def copy_gpt2(own, theirs, back=False):
 
 def own_gpt(name):
     """GPT.from_pretrained (hedgehog.py)."""
-    from hedgehog import GPT
-
     model = load(name)
     c = model.hf.config
     if c.model_type != "gpt2" or c.activation_function != "gelu_new":

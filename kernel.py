@@ -480,6 +480,7 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
 PROGRAMS = 264      # that run at once: two on each of the 132 multiprocessors of an H100 or H200
 SEGMENT = 256       # tokens of the shortest segment
 PART = 1024         # tokens of one program of the gradient kernels
+SMALL, LARGE = 99 * 1024, 227 * 1024    # shared memory: a GeForce since Ampere; H100, H200, B200
 
 
 def kernels_take(q, v, w_q, causal=True, key_mask=None):
@@ -496,9 +497,6 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
             and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max
             and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X))
-
-
-SMALL, LARGE = 99 * 1024, 227 * 1024       # of a GeForce since Ampere; of an H100, H200, B200
 
 
 @torch.compiler.assume_constant_result

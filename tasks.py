@@ -503,8 +503,8 @@ class Responses:
         return dict(zip(("rouge1", "rouge2", "rougeL"), (100 * np.mean(scores, axis=0)).tolist()))
 
 
-class Images:
-    """Folders of images named by their class, a task: FOLDER/train/CLASS and FOLDER/valid/CLASS, or
+class Images(Classification):
+    """Folders of images named by their class: FOLDER/train/CLASS and FOLDER/valid/CLASS, or
     FOLDER/CLASS, of which every tenth image is to judge by."""
     figure = "accuracy"
 
@@ -522,12 +522,6 @@ class Images:
             if not self.splits[s]:
                 raise ValueError(f"--task {folder}: no images in folders named by their class")
 
-    def num_examples(self, split):
-        return len(self.splits[split])
-
-    def num_targets(self, split, indices):
-        return len(indices)
-
     def batch(self, split, indices):
         """Pixels (B, 3, height, width) by the model's image processor, and classes (B)."""
         from PIL import Image
@@ -535,6 +529,3 @@ class Images:
         files, labels = zip(*(self.splits[split][i] for i in indices))
         images = [Image.open(file).convert("RGB") for file in files]
         return self.processor(images, return_tensors="pt")["pixel_values"], torch.tensor(labels)
-
-    def metrics(self, split, loss, accuracy):
-        return {"loss": loss, "accuracy": 100 * accuracy}

@@ -317,20 +317,20 @@ def evaluate(model, task, split, o, interrupted=()):
 def claimed(folder):
     """Within it no other process can claim this folder; a killed one claims nothing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:                                       # Windows has no such locks
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another "
-                         "--out")
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):                  # it is empty if the run did not begin
-            Path(folder).rmdir()
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:                               # Windows has no such locks
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is writing to {folder}: wait for it, or choose "
+                                 "another --out")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):              # it is empty if the run did not begin
+                Path(folder).rmdir()
 
 
 def save_checkpoint(o, model, data, optimizer, progress):
@@ -392,7 +392,7 @@ def train(o, data):
     torch.manual_seed(o.seed + rank())                      # other dropout in each process
     optimizer = adamw(raw_model.parameter_groups(o.weight_decay), o.lr)
     progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None,
-                "first": [0, 0.0]}      # first steps of a process, which compile, and their seconds
+                "timed": 0, "first": 0.0}   # steps but a process's first, which compiles; its time
 
     # go on with a run, or make room for a new one
     lines = []
@@ -458,8 +458,9 @@ def train(o, data):
         progress["losses"].append(take_step(model, optimizer, data, step, o))
         if step == first_step:
             float(progress["losses"][-1])                   # waits for the device
-            count, seconds = progress["first"]
-            progress["first"] = [count + 1, seconds + time.perf_counter() - begin]
+            progress["first"] += time.perf_counter() - begin
+        else:
+            progress["timed"] += 1
         progress["step"] = step = step + 1
         bar.update(tokens)
         if step % 10 == 1 or step % o.eval_every == 0 or step == steps or interrupted:
@@ -483,14 +484,14 @@ def train(o, data):
         command = ["python", "train_lm.py", "--resume", "--out", o.out]
         print(f"stopped and saved at step {progress['step']}; to go on: {shlex.join(command)}")
         return raw_model, None
-    # Of all steps but the first ones, if there are others.
-    count, seconds = progress["first"] if steps > progress["first"][0] else (0, 0.0)
-    speed = (steps - count) * tokens / max(progress["seconds"] - seconds, 1e-9)
+    timed, seconds = progress["timed"], progress["seconds"] - progress["first"]
+    if not timed:                                           # there was but one step
+        timed, seconds = steps, progress["seconds"]
     result = {"attention": o.attention, "data": data.name, "tokenizer": data.tokenizer,
               "parameters": sum(p.numel() for p in raw_model.parameters()), "steps": steps,
               "tokens": steps * tokens, "valid": progress["valid"],
               **({"test": test} if test else {}), "seconds": round(progress["seconds"], 1),
-              "tokens_per_second": round(speed),
+              "tokens_per_second": round(timed * tokens / max(seconds, 1e-9)),
               "device": device_name(o), "precision": o.precision, "seed": o.seed,
               "config": asdict(config)}
     if o.device.startswith("cuda"):
@@ -602,10 +603,10 @@ def run(argv):
         dist.barrier()
     with claimed(o.out) if rank() == 0 else contextlib.nullcontext():
         model, result = train(o, data)
+        line = write_result(o.out, result) if result and rank() == 0 else ""
     if result is None:
         return 130
     if rank() == 0:
-        line = write_result(o.out, result)
         try:
             prompt = data.splits["valid"].flatten()[:min(32, o.block_size // 2)]
             sample(o, model, data.tokenizer, prompt.tolist())
