@@ -218,6 +218,8 @@ def finetune(model, task, o, name, steps, lr, groups=None):
     Returns the optimizer and the loss at each step."""
     optimizer, losses = train_lm.adamw(groups or model.parameter_groups(o.weight_decay), lr), []
     model.train()
+    if o.recompute:
+        model.recompute_activations()
     torch.compiler.reset()                                  # forget the models before this one
     forward = torch.compile(model) if o.compile else model
     bar = tqdm(range(steps), desc=name)
@@ -241,7 +243,7 @@ def micro_batches(task, step, o):
     tokens = [int((batch[2] if len(batch) > 2 else torch.ones_like(batch[0])).sum())
               for batch in batches]
     for batch, n in zip(batches, tokens):
-        yield tuple(x.to(o.device) for x in batch), n / sum(tokens)
+        yield train_lm.to_device(batch, o.device), n / sum(tokens)
 
 
 def set_rate(optimizer, step, steps, lr):

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from kernel import fused_attention, kernels_take, linear_attention, linear_attention_weights
 
@@ -350,15 +351,29 @@ def ranks(x):
 
 
 class SoftmaxAttention(nn.Module):
-    """Softmax attention. Its cache, (k, v) of all tokens so far, grows with every token."""
+    """Softmax attention. Its cache is (k, v) of all tokens so far, and perhaps room for more."""
 
     def weights(self, q, k, positions=None, causal=True, key_mask=None):
         return softmax_attention_weights(q, k, causal, key_mask)
 
     def forward(self, q, k, v, positions=None, causal=True, key_mask=None, cache=None):
-        if cache is not None:
-            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-        return softmax_attention(q, k, v, causal, key_mask), (k, v)
+        if cache is None:
+            return softmax_attention(q, k, v, causal, key_mask), (k, v)
+        for old, new in zip(cache, (k, v)):
+            old.index_copy_(2, positions, new)
+        room = cache[0].size(2)
+        last = positions if causal else positions[-1:]
+        seen = torch.arange(room, device=q.device) <= last.unsqueeze(-1)        # (T or 1, room)
+        if key_mask is not None:
+            key_mask = functional.pad(key_mask.bool(), (0, room - key_mask.size(1)))
+            seen = seen & key_mask[:, None, None, :]
+        return functional.scaled_dot_product_attention(q, *cache, seen), cache
+
+    @staticmethod
+    def reserve(cache, length):
+        """The cache with room for `length` tokens, which are then written into it."""
+        room = max(0, length - cache[0].size(2))
+        return tuple(functional.pad(x, (0, 0, 0, room)) for x in cache) if room else cache
 
 
 class LinearAttention(nn.Module):
@@ -379,6 +394,10 @@ class LinearAttention(nn.Module):
             return hedgehog_attention(q, k, v, w_q, w_k, causal, key_mask, cache)
         return linear_attention(*self.feature_map(q, k, positions), v, causal, key_mask, cache)
 
+    @staticmethod
+    def reserve(cache, length):
+        return cache
+
 
 def hedgehog_attention(q, k, v, w_q, w_k, causal=True, key_mask=None, state=None):
     """Hedgehog attention as a function: q, k, v (B, H, T, d), w_q and w_k (H, d, m).
@@ -398,6 +417,48 @@ def make_mix(name, config):
 
 
 # --- the model ------------------------------------------------------------------------------------
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """linear_cross_entropy with x (N, C) and targets (N). Its gradients are made in the forward
+    pass: nothing else needs the logits, and made once they need not be made again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunk):
+        x_c, w = x.split(chunk), weight.to(x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        loss, n = 0.0, (targets >= 0).sum().clamp(min=1)
+        dx, dweight = [], torch.zeros_like(weight, dtype=exact)
+        token = torch.arange(len(weight), device=x.device)
+        for x, y in zip(x_c, targets.split(chunk)):
+            share = (y >= 0).to(exact).unsqueeze(1) / n                     # (chunk, 1)
+            logits = (x @ w.T).to(exact).masked_fill(token >= vocab_size, -math.inf)
+            log_p = logits.log_softmax(-1)                                  # (chunk, V)
+            loss = loss - (log_p.gather(1, y.clamp(min=0).unsqueeze(1)) * share).sum()
+            dlogits = ((log_p.exp() - (token == y.unsqueeze(1)).to(exact)) * share).to(x.dtype)
+            dx.append(dlogits @ w)
+            dweight += dlogits.T @ x
+        ctx.save_for_backward(torch.cat(dx), dweight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, vocab_size, chunk=2**13):
+    """The mean of -log softmax(x W^T)[target] in nats over the targets that are not -1.
+
+    x (..., C), W (V, C), of which vocab_size rows count, targets (...). `chunk` tokens at a time:
+    the logits of all would take more memory than all else in a small model.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return LinearCrossEntropy.apply(x.flatten(0, -2).to(dtype), weight, targets.flatten(),
+                                        vocab_size, chunk)
 
 
 def rotate(x, positions):
@@ -454,8 +515,11 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.config, self.recompute = config, False
+        # GPT-2's odd 50,257 tokens are filled up to a multiple of 64 with tokens that never come,
+        # as the matrix units of a GPU ask for.
+        rows = config.vocab_size + -config.vocab_size % (64 if config.vocab_size > 1024 else 1)
+        self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = (nn.Embedding(config.block_size, config.n_embd)
                     if config.position == "learned" else None)
         self.dropout = nn.Dropout(config.dropout)
@@ -465,7 +529,7 @@ class GPT(nn.Module):
         if config.num_classes:
             self.classifier = nn.Linear(config.n_embd, config.num_classes)
         else:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
             self.lm_head.weight = self.wte.weight           # tied, as in GPT-2
         # GPT-2's initialisation, its 0.02 taken as 0.55 / sqrt(width) so that a narrow model starts
         # with activations of the same size. It names Linear and Embedding only: the feature maps,
@@ -480,6 +544,8 @@ class GPT(nn.Module):
             for linear in (block.attn.proj, block.mlp[2]):
                 # 2 n_layer of them add to the residual stream
                 nn.init.normal_(linear.weight, std=std / math.sqrt(2 * config.n_layer))
+        with torch.no_grad():
+            self.wte.weight[config.vocab_size:] = 0         # and stays 0: no gradient comes here
 
     @classmethod
     def from_pretrained(cls, name):
@@ -509,17 +575,26 @@ class GPT(nn.Module):
         """Token ids at positions start, start + 1, ... -> hidden states (B, T, n_embd), new caches.
 
         `caches` is a list with what each block returned for the tokens before start (None at 0);
-        without it nothing is kept. `key_mask` (B, start + T) is False at padding.
+        without it nothing is kept. `key_mask` (B, start + T) is False at padding. `start` can be a
+        tensor (1), on the device, if the caches have room.
         """
-        end = start + idx.size(1)
-        self.check_length(end)
-        positions = torch.arange(start, end, device=idx.device)
+        if not torch.is_tensor(start):
+            end = start + idx.size(1)
+            self.check_length(end)
+            if start > 0 and caches is not None:
+                caches = [block.attn.mix.reserve(cache, end)
+                          for block, cache in zip(self.blocks, caches)]
+        positions = start + torch.arange(idx.size(1), device=idx.device)
         x = self.wte(idx)
         if self.wpe is not None:
             x = x + self.wpe(positions)
         x, kept = self.dropout(x), []
         for i, block in enumerate(self.blocks):
-            x, cache = block(x, positions, None if caches is None else caches[i], key_mask)
+            inputs = x, positions, None if caches is None else caches[i], key_mask
+            if self.recompute and torch.is_grad_enabled():
+                x, cache = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, cache = block(*inputs)
             if caches is not None:
                 kept.append(cache)
         return self.ln_f(x), kept
@@ -528,19 +603,19 @@ class GPT(nn.Module):
         """Logits, and the mean loss in nats over the targets that are not -1.
 
         idx (B, T); targets (B, T) and logits (B, T, vocab_size), or as a classifier, which averages
-        the hidden states of all tokens but padding, (B) and (B, num_classes).
+        the hidden states of all tokens but padding, (B) and (B, num_classes). While a language
+        model is trained, logits are None.
         """
         x = self.hidden(idx, key_mask=key_mask)[0]
         if self.config.num_classes:
             weight = torch.ones_like(idx) if key_mask is None else key_mask
             weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)   # (B, T, 1)
             logits = self.classifier((x * weight).sum(1))
+        elif targets is not None and self.training:
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets,
+                                              self.config.vocab_size)
         else:
-            # Rows of zeros, cut off again, make GPT-2's odd 50,257 a multiple of 8, which the fast
-            # matrix products of a GPU ask for.
-            fill = -self.config.vocab_size % 8
-            weight = functional.pad(self.lm_head.weight, (0, 0, 0, fill))
-            logits = functional.linear(x, weight)[..., :self.config.vocab_size]
+            logits = self.lm_head(x)[..., :self.config.vocab_size]
         if targets is None:
             return logits, None
         return logits, functional.cross_entropy(logits.flatten(0, -2), targets.flatten(),
@@ -555,13 +630,16 @@ class GPT(nn.Module):
         """
         if self.config.num_classes or not self.config.causal:
             raise ValueError("only a causal model without num_classes generates")
-        training, caches, start, new = self.training, [None] * self.config.n_layer, 0, idx
-        self.check_length(idx.size(1) + max_new_tokens)
+        training, T, step = self.training, idx.size(1), None
+        self.check_length(T + max_new_tokens)
         self.eval()
         for _ in range(max_new_tokens):
-            x, caches = self.hidden(new, caches, start)
-            start += new.size(1)
-            logits = self.lm_head(x[:, -1]).float()         # (B, vocab_size)
+            if step is None:
+                x, caches = self.hidden(idx, [None] * self.config.n_layer)
+                logits = self.logits_after(x)
+                step = self.stepper(caches, T, T + max_new_tokens)
+            else:
+                logits = step(new)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -572,6 +650,51 @@ class GPT(nn.Module):
             idx = torch.cat([idx, new], dim=1)
         self.train(training)
         return idx
+
+    def logits_after(self, x):
+        """Hidden states (B, T, n_embd) -> logits of the token that follows, (B, vocab_size)."""
+        return self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
+
+    def stepper(self, caches, start, length):
+        """A function from the token at `start` (B, 1) to the logits of the next, then from this one
+        on, up to `length` tokens; `caches` are those of the tokens before.
+
+        On a GPU its second call records what a step launches, as a CUDA graph, and later ones
+        replay that: Python would take longer to launch the kernels than they take to run.
+        """
+        caches = [block.attn.mix.reserve(cache, length)
+                  for block, cache in zip(self.blocks, caches)]
+        token = torch.zeros(caches[0][0].size(0), 1, dtype=torch.long, device=caches[0][0].device)
+        position, calls, graph = torch.full_like(token[0], start), 0, None
+
+        def step():
+            x, new = self.hidden(token, caches, position)
+            for cache, after in zip(caches, new):           # the same memory at each step
+                for old, value in zip(cache, after):
+                    if old is not value:
+                        old.copy_(value)
+            position.add_(1)
+            return self.logits_after(x)
+
+        def call(new):
+            nonlocal calls, graph, logits
+            token.copy_(new)
+            calls += 1
+            if not token.is_cuda or calls == 1:
+                return step()
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    logits = step()
+            graph.replay()
+            return logits
+
+        logits = None
+        return call
+
+    def recompute_activations(self):
+        """From now on backward makes each block's activations again: less memory, more time."""
+        self.recompute = True
 
     def parameter_groups(self, weight_decay):
         """Optimizer groups: decay for matrices; none for norms, biases and feature maps."""

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hedgehog import GPT, GPTConfig, SoftmaxAttention, make_mix
+from hedgehog import GPT, GPTConfig, SoftmaxAttention, linear_cross_entropy, make_mix
 
 try:
     import transformers
@@ -57,8 +57,10 @@ def attention(module, q, k, v, key_mask=None, scaling=None, **_):
     dtype = next((p.dtype for p in module.mix.parameters()), q.dtype)
     if not torch.is_autocast_enabled(q.device.type):        # fp32 maps in a bf16 model
         q, k = q.to(dtype), k.to(dtype)
-    y, state = module.mix(q, k, v, positions, module.is_causal, key_mask,
-                          None if layer is None else layer.state)
+    cache = None
+    if layer is not None and layer.state is not None:
+        cache = module.mix.reserve(layer.state, layer.seen)
+    y, state = module.mix(q, k, v, positions, module.is_causal, key_mask, cache)
     if layer is not None:
         layer.state = state
     return y.to(v.dtype).transpose(1, 2), None
@@ -198,6 +200,10 @@ class HuggingFace(nn.Module):
         return self.hf.base_model(**self.inputs(idx, key_mask))[0], []
 
     def forward(self, idx, targets=None, key_mask=None):
+        if targets is not None and self.training and self.config.causal:
+            x = self.hidden(idx, key_mask=key_mask)[0]
+            weight = self.hf.get_output_embeddings().weight
+            return None, linear_cross_entropy(x, weight, targets, len(weight))
         logits = self.hf(**self.inputs(idx, key_mask)).logits
         if targets is None:
             return logits, None
@@ -210,6 +216,9 @@ class HuggingFace(nn.Module):
                              f"{self.config.block_size}, give a smaller one")
 
     parameter_groups = GPT.parameter_groups
+
+    def recompute_activations(self):
+        self.hf.gradient_checkpointing_enable({"use_reentrant": False})
 
     def save(self, folder):
         """A checkpoint of the model's family, which transformers opens as the softmax model, and
@@ -305,8 +314,9 @@ def copy_gpt2(own, theirs, back=False):
         for name, x in a.named_parameters():
             y = getattr(b, name)
             y = y.T if "Conv1D" in type(b).__name__ and name == "weight" else y  # (in, out) there
+            n = min(len(x), len(y))                         # ours has more tokens, that never come
             with torch.no_grad():
-                y.copy_(x) if back else x.copy_(y)
+                y[:n].copy_(x[:n]) if back else x[:n].copy_(y[:n])
 
 
 def own_gpt(name):

@@ -115,10 +115,11 @@ def recurrent_step(phi_q, phi_k, v, state=None):
     dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
         phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
-        S = phi_k.unsqueeze(-1) * v.unsqueeze(-2)           # (B, H, F, D)
-        z = phi_k                                           # (B, H, F)
-        if state is not None:
-            S, z = S + state[0], z + state[1]
+        if state is None:
+            S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k     # (B, H, F, D), (B, H, F)
+        else:
+            S = torch.addcmul(state[0], phi_k.unsqueeze(-1), v.unsqueeze(-2))
+            z = state[1] + phi_k
         num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)         # (B, H, D)
         den = (phi_q * z).sum(-1, keepdim=True)
         return (num / (den + EPS)).to(dtype), (S, z)
@@ -477,7 +478,6 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
 
 # --- launching them -------------------------------------------------------------------------------
 
-PROGRAMS = 264      # that run at once: two on each of the 132 multiprocessors of an H100 or H200
 SEGMENT = 256       # tokens of the shortest segment
 PART = 1024         # tokens of one program of the gradient kernels
 SMALL, LARGE = 99 * 1024, 227 * 1024    # shared memory: a GeForce since Ampere; H100, H200, B200
@@ -508,6 +508,14 @@ def shared_memory():
     return getattr(gpu, "shared_memory_per_block_optin", 0) if gpu.major >= 8 else 0
 
 
+@torch.compiler.assume_constant_result
+def programs():
+    """How many run at once: two on each multiprocessor, of which an H100 or H200 has 132."""
+    if not torch.cuda.is_available():
+        return 264
+    return 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
 def constants(kernel, q, v, w_q):
     """What is fixed when `kernel` is compiled for these tensors: sizes, precision, and the tile.
 
@@ -531,11 +539,11 @@ def constants(kernel, q, v, w_q):
 
 def segment_length(B, H, T):
     """The whole sequence where heads alone fill half of the GPU. Else as many segments as make one
-    round of PROGRAMS, or two if that left a tenth of it idle. A multiple of every C."""
-    heads = B * H
-    N = 1 if 2 * heads > PROGRAMS else PROGRAMS // heads
-    if N > 1 and N * heads < 0.9 * PROGRAMS:
-        N = 2 * PROGRAMS // heads
+    round of programs, or two if that left a tenth of it idle. A multiple of every C."""
+    heads, at_once = B * H, programs()
+    N = 1 if 2 * heads > at_once else at_once // heads
+    if N > 1 and N * heads < 0.9 * at_once:
+        N = 2 * at_once // heads
     return max(SEGMENT, -(-T // (64 * N)) * 64)
 
 

@@ -85,6 +85,7 @@ class Options:
     device: str = option("", "cuda if there is one, else cpu")
     precision: str = option("", "bf16 where the GPU has it, else fp32", choices=["bf16", "fp32"])
     compile: bool = option(None, "torch.compile the training step (default with a GPU)")
+    recompute: bool = option(False, "make activations again in backward: less memory, more time")
     # the run
     out: str = option("", "its folder (out/DATA-ATTENTION)")
     resume: bool = option(False, "go on with the run in --out, with its options")
@@ -122,7 +123,7 @@ PRESETS = {
 }
 # Options that --resume may change; the others are the checkpoint's.
 CHANGEABLE = set("""data_dir steps epochs micro_batch lr warmup weight_decay grad_clip eval_every
-    device precision compile out resume overwrite sample sample_tokens temperature top_k""".split())
+    device precision compile recompute out resume overwrite sample sample_tokens temperature top_k""".split())
 
 
 def parse(options, presets, preset_for, inherit, description, argv=None):
@@ -190,6 +191,10 @@ def checked(kind, low, high):
     return convert
 
 
+# Dense bf16 products a second by name of the card, from the makers' data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
 # --- one step, one evaluation ---------------------------------------------------------------------
 
 
@@ -236,6 +241,13 @@ def autocast(o):
     return torch.autocast(torch.device(o.device).type, torch.bfloat16, o.precision == "bf16")
 
 
+def to_device(batch, device):
+    """Tensors on the device. A GPU copies pinned memory while it still works on the step before."""
+    if device.startswith("cuda"):
+        return [x.pin_memory().to(device, non_blocking=True) for x in batch]
+    return [x.to(device) for x in batch]
+
+
 @functools.lru_cache(maxsize=2)
 def shuffle(n, seed, number):
     return np.random.default_rng((seed, number)).permutation(n)
@@ -270,7 +282,7 @@ def take_step(model, optimizer, task, step, o):
     mine, targets, total = examples[rank()::world()], task.num_targets("train", examples), 0.0
     for i in range(0, len(mine), o.micro_batch):
         micro = mine[i:i + o.micro_batch]
-        batch = (x.to(o.device) for x in task.batch("train", micro))
+        batch = to_device(task.batch("train", micro), o.device)
         # Gradients are averaged over processes once, at the last micro-batch.
         wait = isinstance(model, DistributedDataParallel) and i + len(micro) < len(mine)
         with model.no_sync() if wait else contextlib.nullcontext():
@@ -293,8 +305,9 @@ def evaluate(model, task, split, o, interrupted=()):
     model.eval()
     loss, right, n = 0.0, 0, 0
     mine = range(rank(), task.num_examples(split), world())
-    for i in tqdm(range(0, len(mine), o.micro_batch), desc=split, leave=False, disable=rank() > 0):
-        x, y, *mask = (t.to(o.device) for t in task.batch(split, mine[i:i + o.micro_batch]))
+    size = max(1, min(o.micro_batch, 2**13 // getattr(task, "block_size", 1)))      # for the logits
+    for i in tqdm(range(0, len(mine), size), desc=split, leave=False, disable=rank() > 0):
+        x, y, *mask = to_device(task.batch(split, mine[i:i + size]), o.device)
         with autocast(o):
             logits, mean = model(x, y, *mask)
         targets = int((y >= 0).sum())
@@ -389,6 +402,8 @@ def train(o, data):
                          f"of the {world()} processes")
     torch.manual_seed(o.seed)
     raw_model = GPT(config).to(o.device)
+    if o.recompute:
+        raw_model.recompute_activations()
     torch.manual_seed(o.seed + rank())                      # other dropout in each process
     optimizer = adamw(raw_model.parameter_groups(o.weight_decay), o.lr)
     progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None,
@@ -496,6 +511,11 @@ def train(o, data):
               "config": asdict(config)}
     if o.device.startswith("cuda"):
         result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        for card, flops in PEAK_FLOPS.items():
+            if card in device_name(o) and o.precision == "bf16":
+                flops_per_token = 6 * result["parameters"]          # attention's own not counted
+                result["model_flops_utilisation"] = round(
+                    flops_per_token * result["tokens_per_second"] / world() / flops, 3)
     return raw_model, result
 
 
@@ -519,7 +539,9 @@ def print_header(o, data, model, steps):
     print(f"model   {o.attention} attention, {sum(p.numel() for p in model.parameters()):,} "
           f"parameters: {o.n_layer} layers, {o.n_head} heads, width {o.n_embd}, context "
           f"{o.block_size}, {o.position} positions\ndevice  {device_name(o)}, {o.precision}\n"
-          f"budget  {steps:,} steps of {o.batch_size * o.block_size:,} tokens", flush=True)
+          f"budget  {steps:,} steps of {o.batch_size * o.block_size:,} tokens"
+          + o.compile * "\ncompile the first step takes half a minute, and does not count in tokens/s",
+          flush=True)
 
 
 # --- sampling, the command line -------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, Performer, entropy, rotate,
-                      softmax_attention, softmax_attention_weights)
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, Performer, entropy,
+                      linear_cross_entropy, rotate, softmax_attention, softmax_attention_weights)
 from kernel import linear_attention_weights
 
 B, H, T, D = 2, 3, 11, 8
@@ -296,17 +296,77 @@ def test_wide_maps(name):
     assert torch.equal(new, gpt(idx)[0][:, -1].argmax(-1))
 
 
-def test_logits_are_the_product_with_the_embedding():
-    gpt, idx = model(), torch.randint(0, 50, (B, 9))        # 50 is no multiple of 8
+@pytest.mark.parametrize("vocab_size", [50, 1030])          # 1,030 is filled up to 1,088
+def test_logits_are_the_product_with_the_embedding(vocab_size):
+    gpt, idx = model(vocab_size=vocab_size), torch.randint(0, 50, (B, 9))
     logits = gpt(idx)[0]
-    assert logits.shape == (B, 9, 50)
-    assert torch.allclose(logits, gpt.hidden(idx)[0] @ gpt.wte.weight.T)
+    assert logits.shape == (B, 9, vocab_size)
+    assert torch.allclose(logits, gpt.hidden(idx)[0] @ gpt.wte.weight[:vocab_size].T)
 
 
 def test_gpt2_has_124m_parameters():
     with torch.device("meta"):
         gpt = GPT(GPTConfig(attention="softmax"))
-    assert sum(p.numel() for p in gpt.parameters()) == 124_439_808
+    assert sum(p.numel() for p in gpt.parameters()) == 124_439_808 + 47 * 768
+    assert gpt.lm_head.weight is gpt.wte.weight and gpt.wte.num_embeddings == 50304
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 100])
+def test_the_loss_in_chunks_and_its_gradients(chunk):
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    x, w, y = x.requires_grad_(), w.requires_grad_(), torch.arange(21).view(3, 7) % 10 - 1
+    loss = linear_cross_entropy(x, w, y, 9, chunk)          # the last 2 rows of w never come
+    exact = functional.cross_entropy((x @ w[:9].T).flatten(0, 1), y.flatten(), ignore_index=-1)
+    assert torch.allclose(loss, exact)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, w)),
+                            torch.autograd.grad(3 * exact, (x, w))):
+        assert torch.allclose(ours, theirs)
+
+
+def test_the_loss_when_no_target_counts():
+    x, w = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.tensor([-1, -1]), 5)
+    loss.backward()
+    assert loss == 0 and not x.grad.any() and not w.grad.any()
+
+
+def test_tokens_that_fill_up_the_vocabulary_stay_zero():
+    gpt = model(vocab_size=1030)
+    optimizer = torch.optim.AdamW(gpt.parameter_groups(0.1), 1e-2)
+    idx = torch.randint(0, 1030, (2, 2, 64))
+    gpt(*idx)[1].backward()
+    optimizer.step()
+    assert gpt.wte.weight[:1030].any(1).all() and not gpt.wte.weight[1030:].any()
+
+
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog"])
+def test_activations_made_again_give_the_same_gradients(attention):
+    gpt, calls = model(attention), []
+    gpt.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    idx, gradients = torch.randint(0, 50, (2, 2, 64)), []
+    for times in (1, 3):
+        gpt(*idx)[1].backward()
+        gradients.append([p.grad.clone() for p in gpt.parameters()])
+        assert len(calls) == times                          # once more in backward
+        gpt.zero_grad()
+        gpt.recompute_activations()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_softmax_generates_in_memory_reserved_once():
+    gpt, idx = model("softmax"), torch.randint(0, 50, (B, 5))
+    caches = gpt.hidden(idx, [None] * 2)[1]
+    step = gpt.eval().stepper(caches, 5, 9)
+    whole, sizes = idx, []
+    gpt.blocks[0].attn.mix.register_forward_hook(lambda mix, args, out: sizes.append(
+        (out[1][0].shape[2], out[1][0].data_ptr())))
+    for _ in range(4):
+        token = torch.randint(0, 50, (B, 1))
+        whole = torch.cat([whole, token], dim=1)
+        assert torch.allclose(step(token).double(), gpt(whole)[0][:, -1], atol=1e-6)
+    stepped = sizes[::2]                                    # the others are those of gpt(whole)
+    assert stepped == [(9, stepped[0][1])] * 4
 
 
 def test_weight_decay_is_for_matrices():
@@ -328,11 +388,14 @@ def test_every_parameter_gets_a_gradient(attention):
 def test_loss_counts_the_targets_that_are_not_masked():
     gpt = model()
     idx, targets = torch.randint(0, 50, (2, 2, 9))
-    logits, loss = gpt(idx, targets)
-    assert torch.allclose(loss, functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-    targets[:, :-1] = -1
+    logits = gpt(idx)[0]
+    exact = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     last = functional.cross_entropy(logits[:, -1], targets[:, -1])
-    assert torch.allclose(gpt(idx, targets)[1], last)
+    for mode in (True, False):
+        gpt.train(mode)
+        assert torch.allclose(gpt(idx, targets)[1], exact)
+        assert torch.allclose(gpt(idx, targets.where(torch.arange(9) == 8, -1))[1], last)
+    assert torch.equal(gpt(idx, targets)[0], logits)        # to judge by; none in training
 
 
 @pytest.mark.parametrize("kwargs, words", [

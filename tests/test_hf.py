@@ -110,6 +110,26 @@ def test_softmax_through_the_seam_is_the_stock_model(stock, family, pad):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_training_loss_is_transformers_own(stock, family):
+    _, stock_model = stock(family)
+    idx, mask = batch(family)
+    targets = idx.roll(-1, 1).masked_fill(~mask, -1)
+    model = load(family)
+    exact = model(idx, targets, mask)[1]
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.recompute_activations()
+        model.train()
+        loss = model(idx, targets, mask)[1]
+        loss.backward()
+        assert torch.allclose(loss, exact, atol=1e-5)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_attention_with_softmaxs_weights_is_the_teacher(stock, family, monkeypatch):
     stock(family)

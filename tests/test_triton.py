@@ -164,7 +164,7 @@ def test_segment_lengths(B, H, T, monkeypatch):
     programs = B * H * -(-T // segment)
     assert segment % 64 == 0 and segment >= kernel.SEGMENT
     if B * T >= 65536:
-        assert programs / (-(-programs // kernel.PROGRAMS) * kernel.PROGRAMS) > 0.7
+        assert programs / (-(-programs // kernel.programs()) * kernel.programs()) > 0.7
 
 
 @interpreted
