@@ -485,7 +485,11 @@ def load(run, o):
     model.check_length(o.block_size)
     if o.data.endswith(".jsonl"):
         return Responses(o.data, model.tokenizer, o.block_size), model, model.stage
-    return load_data(o, hf.encoding(model.tokenizer)), model, model.stage
+    data = load_data(o, hf.encoding(model.tokenizer))
+    if data.vocab_size != len(model.tokenizer):
+        raise ValueError(f"--data {o.data} is tokens of a vocabulary of {data.vocab_size}, the "
+                         f"model's has {len(model.tokenizer)}")
+    return data, model, model.stage
 
 
 def is_run(path):

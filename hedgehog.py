@@ -630,15 +630,13 @@ class GPT(nn.Module):
         """
         if self.config.num_classes or not self.config.causal:
             raise ValueError("only a causal model without num_classes generates")
-        training, T, step = self.training, idx.size(1), None
+        training, T = self.training, idx.size(1)
         self.check_length(T + max_new_tokens)
         self.eval()
-        for _ in range(max_new_tokens):
-            if step is None:
-                x, caches = self.hidden(idx, [None] * self.config.n_layer)
-                logits = self.logits_after(x)
-                step = self.stepper(caches, T, T + max_new_tokens)
-            else:
+        x, caches = self.hidden(idx, [None] * self.config.n_layer)
+        logits, step = self.logits_after(x), self.stepper(caches, T, T + max_new_tokens)
+        for i in range(max_new_tokens):
+            if i > 0:
                 logits = step(new)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
@@ -665,7 +663,7 @@ class GPT(nn.Module):
         caches = [block.attn.mix.reserve(cache, length)
                   for block, cache in zip(self.blocks, caches)]
         token = torch.zeros(caches[0][0].size(0), 1, dtype=torch.long, device=caches[0][0].device)
-        position, calls, graph = torch.full_like(token[0], start), 0, None
+        position, calls, graph, logits = torch.full_like(token[0], start), 0, None, None
 
         def step():
             x, new = self.hidden(token, caches, position)
@@ -680,7 +678,7 @@ class GPT(nn.Module):
             nonlocal calls, graph, logits
             token.copy_(new)
             calls += 1
-            if not token.is_cuda or calls == 1:
+            if not token.is_cuda or calls == 1:             # the first one also sets up libraries
                 return step()
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
@@ -689,7 +687,6 @@ class GPT(nn.Module):
             graph.replay()
             return logits
 
-        logits = None
         return call
 
     def recompute_activations(self):

@@ -584,7 +584,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Mayb
 
 def backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate):
     """Empty gradients of q, k, v, w_q, w_k and of the first state."""
-    (B, H, T, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
+    (B, H, _, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
     return [*(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, w_q, w_k)),
             inv_den.new_empty((B, H, D + 1, F) if before.numel() else 0)]
 

@@ -4,8 +4,7 @@
     python tests/bench_generation.py --model NAME   a Llama or GPT-2 of transformers, in bf16; its
                                                     softmax is transformers' own, with its own cache
 
-Random tokens, 16 sequences side by side, 32 steps, as PyTorch runs them one by one. The last line
-is JSON.
+Random tokens, 32 steps of 1, 16 or 64 sequences side by side. The last line is JSON.
 """
 
 import argparse
@@ -23,18 +22,20 @@ from hedgehog import GPT, GPTConfig
 
 
 def own(attention, device):
-    """A GPT with random weights as a function (tokens, start, cache) -> logits, cache."""
+    """A GPT with random weights as a function (prompt, length) -> a function that takes one token
+    after the other up to this length, and the bytes that the prompt left behind."""
     size = {} if device == "cuda" else dict(n_layer=4, n_head=2, n_embd=128)
     torch.manual_seed(0)
     model = GPT(GPTConfig(attention=attention, position="rotary", **size)).to(device).eval()
     if device == "cuda":
         model.bfloat16()
 
-    def step(idx, start, caches):
-        x, caches = model.hidden(idx, caches or [None] * model.config.n_layer, start)
-        return model.lm_head(x[:, -1]), caches
+    def prefill(idx, length):
+        caches = model.hidden(idx, [None] * model.config.n_layer)[1]
+        kept = sum(x.nbytes for cache in caches for x in cache)
+        return model.stepper(caches, idx.size(1), length), kept
 
-    return step, lambda caches: sum(x.nbytes for cache in caches for x in cache)
+    return prefill
 
 
 def of_transformers(name, attention, device):
@@ -49,38 +50,44 @@ def of_transformers(name, attention, device):
     else:
         model.convert(attention)
 
-    def step(idx, start, cache):
-        if cache is None:
-            cache = DynamicCache() if attention == "softmax" else Cache(
-                layer_class_to_replicate=hf.StateLayer)
-        out = model.hf(idx, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits, cache
+    def prefill(idx, length):
+        cache = DynamicCache() if attention == "softmax" else Cache(
+            layer_class_to_replicate=hf.StateLayer)
 
-    def kept(cache):
-        return sum(x.nbytes for layer in cache.layers for x in (
+        def step(idx):
+            return model.hf(idx, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+        step(idx)
+        return step, sum(x.nbytes for layer in cache.layers for x in (
             (layer.keys, layer.values) if attention == "softmax" else layer.state))
 
-    return step, kept
+    return prefill
 
 
 @torch.no_grad()
-def time_generation(step, kept, attention, contexts, batch, device):
+def time_generation(prefill, attention, contexts, batches, device):
     table = []
-    for context in contexts:
-        idx = torch.randint(256, (batch, context + 36), device=device)
-        x, cache = step(idx[:, :context], 0, None)
-        kept_bytes = kept(cache) // batch
-        for i in range(context, context + 36):
-            if i == context + 4:                            # the first ones warm up
-                float(x.sum())                              # waits for the device
-                start = time.perf_counter()
-            x, cache = step(idx[:, i:i + 1], i, cache)
-        float(x.sum())
+    for context, batch in ((context, batch) for batch in batches for context in contexts):
+        idx = torch.randint(256, (batch, context), device=device)
+        try:
+            step, kept = prefill(idx, context + 36)
+            for i in range(36):
+                if i == 4:                                  # the first ones warm up
+                    float(x.sum())                          # waits for the device
+                    start = time.perf_counter()
+                x = step(idx[:, i:i + 1])
+            float(x.sum())
+        except torch.cuda.OutOfMemoryError:
+            print(f"{attention:12}{batch:>5} x {context:,} tokens: out of memory", flush=True)
+            continue
+        finally:
+            step = None                                     # its graph and caches
+            torch.cuda.empty_cache()
         speed = 32 * batch / (time.perf_counter() - start)
-        table.append({"attention": attention, "context": context, "bytes": kept_bytes,
-                      "tokens_per_second": round(speed)})
-        print(f"{attention:12}{context:>10,} tokens{kept_bytes:>16,} bytes{speed:>12,.0f} tokens/s",
-              flush=True)
+        table.append({"attention": attention, "context": context, "batch": batch,
+                      "bytes": kept // batch, "tokens_per_second": round(speed)})
+        print(f"{attention:12}{batch:>5} x {context:>10,} tokens{kept // batch:>16,} bytes"
+              f"{speed:>12,.0f} tokens/s", flush=True)
     return table
 
 
@@ -89,15 +96,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--contexts", type=int, nargs="+",
                         default=[1024, 4096, 16384, 65536] if gpu else [128, 512, 2048])
-    parser.add_argument("--batch", type=int, default=16, help="sequences at once")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64] if gpu else [1, 16],
+                        help="sequences at once")
     parser.add_argument("--model", help="a model of transformers: name, folder or GGUF file")
     args = parser.parse_args()
     device, rows = "cuda" if gpu else "cpu", []
     for attention in ("softmax", "hedgehog"):
-        functions = of_transformers(args.model, attention, device) if args.model else own(
+        prefill = of_transformers(args.model, attention, device) if args.model else own(
             attention, device)
-        rows += time_generation(*functions, attention, args.contexts, args.batch, device)
-    print(json.dumps({"generation": rows, "batch": args.batch, "model": args.model or "own",
+        rows += time_generation(prefill, attention, args.contexts, args.batches, device)
+    print(json.dumps({"generation": rows, "model": args.model or "own",
                       "data": "random tokens", "seconds": round(time.perf_counter() - begin, 1),
                       "seed": 0, "device": torch.cuda.get_device_name() if gpu else "cpu",
                       "torch": torch.__version__, "date": str(date.today()),
