@@ -321,6 +321,29 @@ def forward_kernel(q, k, v, w_q, w_k, y, inv_den, state, state_end,
         store_state(state_end, bh, S, z, F, D)
 
 
+@triton.jit
+def step_kernel(q, k, v, w_q, w_k, y, S, z, S_after, z_after, q_strides, k_strides, v_strides,
+                y_strides, H, EPS: tl.constexpr, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
+                LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """recurrent_step: y of one token, the state after it from the state before. S is (F, D) here.
+    Tiles have 16 rows for the dots inside features; all but the first are 0."""
+    bh, rows, f, c = tl.program_id(0), tl.arange(0, 16), tl.arange(0, F), tl.arange(0, D)
+    q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
+    v, y = head(v, v_strides, bh, H), head(y, y_strides, bh, H)
+    real = tl.where(rows == 0, 1.0, 0.0)                                    # [16]
+    W_q, W_k = load_map(w_q, bh, H, LEARNED, X), load_map(w_k, bh, H, LEARNED, X)   # [d, d]
+    phi_q = tl.sum(features(load(q, q_strides[2], rows, 1, X), W_q, real, LEARNED, P), 0)   # [F]
+    phi_k = tl.sum(features(load(k, k_strides[2], rows, 1, X), W_k, real, LEARNED, P), 0)   # [F]
+    v_1 = tl.load(v + c).to(tl.float32)                                     # [D]
+    row = bh.to(tl.int64) * F
+    z_1 = tl.load(z + row + f) + phi_k                                      # [F]
+    S_1 = load(S + row * D, D, f, F, D) + phi_k[:, None] * v_1[None, :]     # [F, D]
+    tl.store(z_after + row + f, z_1)
+    store(S_after + row * D, D, f, F, S_1, D)
+    y_1 = tl.sum(phi_q[:, None] * S_1, 0) / (tl.sum(phi_q * z_1, 0) + EPS)  # [D]
+    tl.store(y + c, y_1.to(y.dtype.element_ty))
+
+
 # The backward pass, with a_i = phi(q_i) / den_i, delta_i = dy_i.y_i, and for j <= i
 #
 #     B_ij = dy_i.v_j - delta_i
@@ -487,13 +510,13 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
     """Whether fused_attention serves: the one condition by which kernels or PyTorch are chosen.
 
     Tiles have sides that are powers of two, and the largest need a data-centre GPU since Hopper.
-    One token is quicker by recurrent_step.
+    The kernel for one token has no gradient.
     """
     X, D, shared = q.size(-1), v.size(-1), shared_memory()
     large = v.dtype == torch.bfloat16 and shared >= LARGE
     F_max, D_max = (256, 128) if large else (128, 64)
     return (v.is_cuda and hasattr(triton, "compile") and shared >= SMALL
-            and causal and key_mask is None and v.size(2) > 1
+            and causal and key_mask is None and (v.size(2) > 1 or not torch.is_grad_enabled())
             and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max
             and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X))
@@ -671,10 +694,23 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
     q, k, v = (x.to(dtype) for x in (q, k, v))
     if w_q is not None:
         w_q, w_k = w_q.to(dtype).contiguous(), w_k.to(dtype).contiguous()
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    if v.size(2) == 1 and state is not None and not torch.is_grad_enabled():
+        return fused_step(q, k, v, w_q, w_k, *(x.float().contiguous() for x in state))
     if state is not None:
         state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
-    y, _, end, _ = forward(*(rows_contiguous(x) for x in (q, k, v)), w_q, w_k, state)
+    y, _, end, _ = forward(q, k, v, w_q, w_k, state)
     return y, (end[..., :-1, :].mT, end[..., -1, :])
+
+
+def fused_step(q, k, v, w_q, w_k, S, z):
+    """recurrent_step by a kernel, with the map inside; without gradients."""
+    y, after = torch.empty_like(v), (torch.empty_like(S), torch.empty_like(z))
+    with torch.cuda.device_of(v):
+        step_kernel[(v.size(0) * v.size(1),)](
+            q, k, v, w_q, w_k, y, S, z, *after, q.stride(), k.stride(), v.stride(), y.stride(),
+            v.size(1), EPS=EPS, **constants(step_kernel, q, v, w_q))
+    return y, after
 
 
 # --- are they right, and how fast? ----------------------------------------------------------------

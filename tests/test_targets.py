@@ -28,10 +28,12 @@ def arguments(dtype, d):
     operand = torch.bfloat16 if dtype == torch.bfloat16 else sums
     sizes = dict(T=65536, H=12, segment=1024, part=1024)
     tensors = {name: dtype for name in "q k v x u w w_q w_k y dy dq dk dv".split()}
-    tensors |= {name: sums for name in "inv_den delta state state_end sums dw".split()}
+    tensors |= {name: sums for name in
+                "inv_den delta state state_end sums dw S z S_after z_after".split()}
     tensors |= {name: operand for name in "chunk_states states dstates later".split()}
     tensors |= {f"{name}_strides": strides for name in "q k v x u y dy dq dk dv".split()}
     return {kernel.forward_kernel: [dict(EPS=kernel.EPS)],
+            kernel.step_kernel: [dict(EPS=kernel.EPS)],
             kernel.states_kernel: [dict(BACKWARD=False, inv_den=None, delta=None),
                                    dict(BACKWARD=True, state=None)],
             kernel.backward_q_kernel: [{}], kernel.backward_kv_kernel: [{}]}, tensors | sizes

@@ -272,6 +272,30 @@ def test_state(learned, poison):
 
 
 @interpreted
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_at_a_time(learned, dtype, poison):
+    *inputs, _ = random_inputs(2, 3, 9, 16, D=32, dtype=dtype)
+    if not learned:
+        inputs = [inputs[0].abs(), inputs[1].abs(), inputs[2]]
+    exact = [x.double() for x in inputs]
+    phi = [hedgehog_features(x, w) for x, w in zip(exact, exact[3:])] if learned else exact[:2]
+    exact, (S, z) = chunked_linear_attention(*phi, exact[2])
+    with torch.no_grad():
+        y, state = fused_attention(*(x[:, :, :5] for x in inputs[:3]), *inputs[3:])
+        steps = [y]
+        for t in range(5, 9):
+            before = [x.clone() for x in state]
+            y, after = fused_attention(*(x[:, :, t:t + 1] for x in inputs[:3]), *inputs[3:],
+                                       state=state)
+            assert all(torch.equal(a, b) for a, b in zip(state, before))    # is not written into
+            steps, state = [*steps, y], after
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert error(torch.cat(steps, 2), exact) < tolerance
+    assert error(state[0], S) < tolerance and error(state[1], z) < tolerance
+
+
+@interpreted
 def test_state_gradient(poison):
     """The gradient of the first state, and of the last one alone."""
     *inputs, dy = random_inputs(1, 1, 40, 16)
