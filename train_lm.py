@@ -406,8 +406,7 @@ def train(o, data):
         raw_model.recompute_activations()
     torch.manual_seed(o.seed + rank())                      # other dropout in each process
     optimizer = adamw(raw_model.parameter_groups(o.weight_decay), o.lr)
-    progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None,
-                "timed": 0, "first": 0.0}   # steps but a process's first, which compiles; its time
+    progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None}
 
     # go on with a run, or make room for a new one
     lines = []
@@ -447,7 +446,8 @@ def train(o, data):
     model = DistributedDataParallel(model) if world() > 1 else model
     bar = tqdm(total=steps * tokens, initial=progress["step"] * tokens, unit="tok",
                unit_scale=True, disable=rank() > 0, desc="train")
-    interrupted, begin, first_step = note_interrupts(), time.perf_counter(), progress["step"]
+    interrupted, begin = note_interrupts(), time.perf_counter()
+    first_step, seconds_before, seconds_of_first = progress["step"], progress["seconds"], 0.0
     while True:
         step = progress["step"]
         if step > progress["evaluated"] and (step % o.eval_every == 0 or step == steps):
@@ -473,9 +473,7 @@ def train(o, data):
         progress["losses"].append(take_step(model, optimizer, data, step, o))
         if step == first_step:
             float(progress["losses"][-1])                   # waits for the device
-            progress["first"] += time.perf_counter() - begin
-        else:
-            progress["timed"] += 1
+            seconds_of_first = time.perf_counter() - begin
         progress["step"] = step = step + 1
         bar.update(tokens)
         if step % 10 == 1 or step % o.eval_every == 0 or step == steps or interrupted:
@@ -499,20 +497,20 @@ def train(o, data):
         command = ["python", "train_lm.py", "--resume", "--out", o.out]
         print(f"stopped and saved at step {progress['step']}; to go on: {shlex.join(command)}")
         return raw_model, None
-    timed, seconds = progress["timed"], progress["seconds"] - progress["first"]
-    if not timed:                                           # there was but one step
-        timed, seconds = steps, progress["seconds"]
+    timed, seconds = steps - first_step, progress["seconds"] - seconds_before   # since --resume
+    if timed > 1:                                           # but for the first, which compiles
+        timed, seconds = timed - 1, seconds - seconds_of_first
     result = {"attention": o.attention, "data": data.name, "tokenizer": data.tokenizer,
               "parameters": sum(p.numel() for p in raw_model.parameters()), "steps": steps,
               "tokens": steps * tokens, "valid": progress["valid"],
               **({"test": test} if test else {}), "seconds": round(progress["seconds"], 1),
-              "tokens_per_second": round(timed * tokens / max(seconds, 1e-9)),
+              "tokens_per_second": round(timed * tokens / seconds) if timed else None,
               "device": device_name(o), "precision": o.precision, "seed": o.seed,
               "config": asdict(config)}
     if o.device.startswith("cuda"):
         result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         for card, flops in PEAK_FLOPS.items():
-            if card in device_name(o) and o.precision == "bf16":
+            if card in device_name(o) and o.precision == "bf16" and timed:
                 flops_per_token = 6 * result["parameters"]          # attention's own not counted
                 result["model_flops_utilisation"] = round(
                     flops_per_token * result["tokens_per_second"] / world() / flops, 3)

@@ -18,8 +18,9 @@ import distill
 import tasks
 import train_lm
 from distill import LowRank, add_lora, merge_lora, mimicry_loss, model_with
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, SoftmaxAttention, attention_cross_entropy,
-                      attention_kl, entropy, monotonicity, softmax_attention_weights)
+from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, Hedgehog, LinearAttention, SoftmaxAttention,
+                      attention_cross_entropy, attention_kl, entropy, monotonicity,
+                      softmax_attention_weights)
 from kernel import linear_attention_weights
 from tasks import glue, listops, listops_value, matthews
 
@@ -213,6 +214,24 @@ def test_only_maps_move_and_the_loss_falls():
         assert p.grad is None or "feature_map" in name
 
 
+def test_stage_1_has_no_weight_decay():
+    """A parameter with a gradient of 0 stays as it is."""
+    class Idle(Hedgehog):
+        def __init__(self, config):
+            super().__init__(config)
+            self.idle = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, q, k, positions):
+            phi_q, phi_k = super().forward(q, k, positions)
+            return phi_q + 0 * self.idle.sum(), phi_k
+
+    model = teacher()
+    mixes = [LinearAttention(Idle(model.config)) for _ in model.attention_layers()]
+    distill.distill(model, mixes, text(), options(distill_steps=3))
+    assert all(torch.equal(mix.feature_map.idle, torch.ones(3)) for mix in mixes)
+    assert not any(torch.equal(mix.feature_map.w_q[0], torch.eye(8)) for mix in mixes)
+
+
 def test_stage_1_runs_the_teacher(monkeypatch):
     model, idx, seen = teacher(), torch.randint(0, 40, (4, 12)), []
     monkeypatch.setattr(distill, "run_layers", lambda m, *batch: seen.append(m(idx)[0]))
@@ -325,6 +344,15 @@ def test_listops_rules():
     again = listops(4, 60, {"train": 400, "valid": 100})
     assert all(bytes(a) == bytes(b) and x == y
                for (a, x), (b, y) in zip(splits["train"], again["train"]))
+
+
+def test_a_quarter_of_listops_arguments_are_expressions():
+    operators = arguments = 0
+    for ids, _ in listops(3, 400, {"train": 400})["train"]:
+        inner = (ids[1:] >= 10) & (ids[1:] < 14)            # all but the outermost
+        operators += inner.sum()
+        arguments += inner.sum() + (ids < 10).sum()
+    assert 0.13 < operators / arguments < 0.19             # a quarter, less the long ones
 
 
 def test_matthews():

@@ -263,6 +263,42 @@ def test_sampling():
     assert set(many.tolist()) == set(likeliest.tolist())
 
 
+def test_rotary_is_its_definition():
+    x, i = torch.randn(1, 1, 3, 6, dtype=torch.float64), torch.tensor([0, 1, 700])
+    for pair, (a, b) in enumerate(((0, 3), (1, 4), (2, 5))):
+        angle = i * 10000.0 ** (-2 * pair / 6)
+        turned = torch.complex(angle.cos(), angle.sin()) * torch.complex(x[..., a], x[..., b])
+        ours = rotate(x, i)
+        assert torch.allclose(ours[..., a], turned.real, atol=1e-4)     # angles are fp32
+        assert torch.allclose(ours[..., b], turned.imag, atol=1e-4)
+
+
+def test_softmax_weights_are_made_in_fp32():
+    q, k = (x.bfloat16() for x in qk(3.0))
+    weights = softmax_attention_weights(q, k)
+    assert weights.dtype == torch.float32
+    assert torch.allclose(weights.double(), softmax_attention_weights(q.double(), k.double()),
+                          atol=1e-6)
+
+
+def test_dropout_is_on_embeddings_and_both_branches():
+    gpt, x = model(dropout=0.9), torch.randn(2, 9, 24, dtype=torch.float64)
+    block, positions = gpt.blocks[0].train(), torch.arange(9)
+    same = (block(x, positions)[0] == x).double().mean()    # what neither branch adds to
+    assert 0.7 < same < 0.9
+    assert (gpt.train().dropout(x) == 0).double().mean() > 0.8
+
+
+def test_temperature():
+    gpt, idx = model(), torch.randint(0, 50, (64, 3))
+    cold = gpt.generate(idx, 1, temperature=1e-4)[:, -1]
+    assert torch.equal(cold, gpt(idx)[0][:, -1].argmax(-1))
+    probability = (gpt.eval()(idx[:1])[0][0, -1] / 2).softmax(-1)
+    torch.manual_seed(0)
+    drawn = gpt.generate(idx[:1].expand(4000, 3), 1, temperature=2.0)[:, -1]
+    assert (drawn.bincount(minlength=50) / 4000 - probability).abs().max() < 0.03
+
+
 def test_generation_is_without_dropout_and_leaves_the_mode():
     gpt, idx = model(dropout=0.5), torch.zeros(1, 1, dtype=torch.long)
     whole = gpt.eval().generate(idx, 12, temperature=0)

@@ -367,6 +367,8 @@ def test_the_first_step_does_not_count_for_the_speed(monkeypatch):
     monkeypatch.setattr(train_lm, "take_step", step)
     r = result(f"{TINY} --data text.txt --steps 4")
     assert r["tokens_per_second"] * r["seconds"] > 1.2 * r["tokens"]
+    more = result("--resume --steps 6 --out o")
+    assert more["seconds"] >= r["seconds"] and more["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize("name, call", [("take_step", 13), ("evaluate", 0), ("evaluate", 2)])
@@ -556,6 +558,8 @@ def test_data_smaller_than_a_batch():
 
 def test_the_recipe(monkeypatch):
     """Warm-up and cosine, AdamW's betas, decay of matrices, clipping, evaluation mode."""
+    o = options(preset="gpt2")
+    assert (o.warmup, o.weight_decay, o.grad_clip) == (0.02, 0.1, 1.0)
     rates = [train_lm.learning_rate(step, 100, 1.0, 0.1) for step in (0, 9, 10, 55, 99)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1], abs=1e-3)
     data, model, norms = tasks.load_data(options()), small_gpt(dropout=0.5), {}

@@ -14,7 +14,7 @@ else:
 
 import hedgehog
 import kernel
-from hedgehog import (GPTConfig, Hedgehog, LinearAttention, hedgehog_attention, hedgehog_features)
+from hedgehog import (GPT, GPTConfig, Hedgehog, LinearAttention, hedgehog_attention, hedgehog_features)
 from kernel import (EPS, chunked_linear_attention, fused_attention, linear_attention,
                     naive_linear_attention)
 
@@ -271,7 +271,6 @@ def test_state(learned, poison):
     assert_close(ours, output_and_gradients(whole, inputs, g, torch.float64), 1e-5)
 
 
-@interpreted
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_token_at_a_time(learned, dtype, poison):
@@ -424,6 +423,24 @@ def test_long_sequences():
         ours = output_and_gradients(hedgehog_attention, inputs, dy)
         errors.append([error(x, r) for x, r in zip(ours, exact)])
     assert all(long <= 1.5 * short for short, long in zip(*errors)), errors
+
+
+@on_gpu
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog", "elu", "hedgehog,softmax"])
+def test_generation_by_a_captured_graph(attention):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=50, block_size=64, n_layer=2, n_head=2, n_embd=64,
+                        attention=attention)).cuda().eval()
+    for p in gpt.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    idx = torch.randint(0, 50, (3, 7), device="cuda")
+    caches, whole = gpt.hidden(idx, [None] * 2)[1], idx
+    step = gpt.stepper(caches, 7, 20)
+    with torch.no_grad():
+        for _ in range(13):
+            token = torch.randint(0, 50, (3, 1), device="cuda")
+            whole = torch.cat([whole, token], dim=1)
+            assert error(step(token), gpt(whole)[0][:, -1]) < 1e-3
 
 
 @on_gpu
