@@ -64,7 +64,7 @@ def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):
 # --- 2. Chunks ------------------------------------------------------------------------------------
 
 
-def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None, chunk=64):
+def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None, chunk=128):
     """The same in O(T): all pairs only inside chunks, everything earlier through the state.
 
     `state` is the (S, z) that an earlier segment returned, or None. Sums are kept in fp32 (fp64 for

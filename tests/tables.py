@@ -3,8 +3,8 @@
     python tests/tables.py      rewrites what is between <!-- table KIND DATA --> and <!-- end -->
 
 A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the
-last line that bench_generation.py prints. KIND is a key of TABLES below. DATA, if given, are the
-data sets that the table is about.
+last line that bench_generation.py or bench_training.py prints. KIND is a key of TABLES below. DATA,
+if given, are the data sets that the table is about.
 
 A gap is in nats per byte above softmax. Where the tokens are GPT-2's, and only there, it is also in
 per cent of the perplexity per token. A conversion is compared with softmax that the same run
@@ -112,18 +112,25 @@ def conversions(chosen, lines):
         row["data"], float(row["softmax, the teacher"]), float(row["stage 2"])))
 
 
-def speed(chosen, lines):
-    """A row for each context of training steps or of generation on a device."""
+def training(chosen, lines):
+    """A row for each context: tokens a second and the peak of memory of each model."""
     rows = {}
-    for r in chosen:
-        for x in r.get("generation", [r]):
-            what = "training" if "valid" in r else f"generation, {r.get('model', 'own')} model"
-            context = x["context"] if "context" in x else r["config"]["block_size"]
-            memory = f"{x['bytes']:,} bytes" if "bytes" in x else f"{x['peak_memory_gib']:.1f} GiB"
-            row = rows.setdefault((what, r["device"], context), {
-                "what": what, "device": r["device"], "context": f"{context:,}"})
-            row |= {f"{x['attention']}: tokens/s": f"{x['tokens_per_second']:,}",
-                    f"{x['attention']}: memory": memory}
+    for x in (x for r in chosen for x in r["training"]):
+        row = rows.setdefault(x["context"], {"context": f"{x['context']:,}"})
+        row |= {f"{x['model']}, tokens/s": f"{x['tokens_per_second']:,}",
+                f"{x['model']}, GiB": f"{x['peak_memory_gib']:.1f}"}
+    return [rows[key] for key in sorted(rows)]
+
+
+def generation(chosen, lines):
+    """A row for each model, number of sequences and context."""
+    rows = {}
+    for r, x in ((r, x) for r in chosen for x in r["generation"]):
+        model = f"{r['model']} ({r['device']})"
+        row = rows.setdefault((model, x["batch"], x["context"]), {
+            "model": model, "sequences": str(x["batch"]), "context": f"{x['context']:,}"})
+        row |= {f"{x['attention']}, tokens/s": f"{x['tokens_per_second']:,}",
+                f"{x['attention']}, bytes a sequence": f"{x['bytes']:,}"}
     return [rows[key] for key in sorted(rows)]
 
 
@@ -146,7 +153,8 @@ def headline(chosen, lines):
 TABLES = {
     "headline": (headline, lambda r: True),
     "scratch": (scratch, lambda r: "valid" in r and r["steps"] >= 100),
-    "speed": (speed, lambda r: "generation" in r or "valid" in r and r["steps"] < 100),
+    "training": (training, lambda r: "training" in r),
+    "generation": (generation, lambda r: "generation" in r),
     "conversions": (conversions, lambda r: "rows" in r and "gguf" not in r["command"]
                     and r["options"].get("attention") != "softmax")}
 
