@@ -36,12 +36,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import train_lm
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, SoftmaxAttention, attention_kl,
+from command_line import one_line_errors, option, parse
+from gpt import GPT
+from hedgehog import (FEATURE_MAPS, GPTConfig, LinearAttention, SoftmaxAttention, attention_kl,
                       entropy, monotonicity, softmax_attention_weights)
-from kernel import linear_attention_weights
+from linear import linear_attention_weights
 from tasks import (Classification, Images, Responses, glue, gpt2_encoding, listops, load_data,
                    matthews)
-from train_lm import autocast, option
+from train_lm import autocast
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -653,7 +655,7 @@ def plot(model, mixes, task, o, table):
 
 
 def run(argv):
-    o = train_lm.parse(Options, PRESETS, preset_for, from_teacher, __doc__.split("\n")[0], argv)
+    o = parse(Options, PRESETS, preset_for, from_teacher, __doc__.split("\n")[0], argv)
     if o.sample is not None or o.resume or "LOCAL_RANK" in os.environ:
         raise ValueError("--sample, --resume and torchrun are train_lm.py's, for OUT/stage2 say")
     if o.plot and not o.analyze or o.analyze and o.task or o.data == "recall":
@@ -693,7 +695,7 @@ def run(argv):
 
 
 def main(argv=None):
-    return train_lm.one_line_errors("distill.py", lambda: run(argv))
+    return one_line_errors("distill.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hedgehog import GPT, GPTConfig, SoftmaxAttention, linear_cross_entropy, make_mix
+from gpt import GPT, linear_cross_entropy
+from hedgehog import GPTConfig, SoftmaxAttention, make_mix
 
 try:
     import transformers
@@ -147,7 +148,7 @@ def take_over(model):
 
 
 class HuggingFace(nn.Module):
-    """A transformers model with the interface of GPT (hedgehog.py), for distill.py."""
+    """A transformers model with the interface of GPT (gpt.py), for distill.py."""
 
     def __init__(self, model, tokenizer=None):
         super().__init__()
@@ -320,7 +321,7 @@ def copy_gpt2(own, theirs, back=False):
 
 
 def own_gpt(name):
-    """GPT.from_pretrained (hedgehog.py)."""
+    """GPT.from_pretrained (gpt.py)."""
     model = load(name)
     c = model.hf.config
     if c.model_type != "gpt2" or c.activation_function != "gelu_new":
@@ -335,7 +336,7 @@ def own_gpt(name):
 
 
 def export(own, folder):
-    """GPT.export (hedgehog.py)."""
+    """GPT.export (gpt.py)."""
     c = own.config
     if c.position != "learned" or c.num_classes:
         raise ValueError("only a language model with learned positions is a GPT-2")

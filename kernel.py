@@ -1,21 +1,9 @@
-"""Linear attention as functions of tensors: the definition, then the same numbers in less time.
+"""Causal linear attention as Triton kernels, with Hedgehog's feature map inside.
 
-    y_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j),    j <= i if causal, all j if not
-
-phi maps a query or a key to F features with phi(q).phi(k) >= 0 (Hedgehog paper, arXiv 2402.04347,
-section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention:
-
-    phi_q, phi_k  (B, H, T, F)   features: batch, heads, time, feature dim
-    v, y          (B, H, T, D)   values and outputs, D the head dim
-    key_mask      (B, T)         False (or 0) where a key is padding
-    S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
-    z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
-
-There are four forms of this one function. `naive_linear_attention` is the definition, T x T, and
-what every other form is tested against. `chunked_linear_attention` takes O(T) time and memory: the
-state sums up all earlier chunks. `recurrent_step` takes one token at a time, in generation.
-`fused_attention` is the chunked form as Triton kernels, with Hedgehog's feature map inside.
-`linear_attention` chooses among the last three. `python kernel.py` checks and times them.
+`fused_attention` is chunked_linear_attention of linear.py, and for one token recurrent_step;
+symbols and shapes are those there. Features never reach memory: they are made from q, k and their
+matrices W where they are used. `kernels_take` says which GPUs, types and sizes this is for. `python
+kernel.py` checks the kernels and times them.
 """
 
 import os
@@ -23,7 +11,8 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import pad
+
+from linear import EPS, naive_linear_attention
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # before triton is imported: check the kernels on a CPU
@@ -35,122 +24,7 @@ except ImportError:     # then the kernels below can be read, but not run
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=float)
 
-# Added to the denominator, so that a query that matches no key gets 0 and not 0/0 (ReLU features
-# can all be zero). It is far below any sum of features, which cancels in the ratio.
-EPS = 1e-30
-
-
-# --- 1. The definition ----------------------------------------------------------------------------
-
-
-def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
-    """The weights a_ij = phi(q_i).phi(k_j) / sum_n phi(q_i).phi(k_n), (B, H, T_q, T_k).
-
-    With T_q < T_k the queries are the last T_q tokens.
-    """
-    A = phi_q @ phi_k.mT                                    # (B, H, T_q, T_k)
-    if causal:
-        A = A.tril(A.size(-1) - A.size(-2))
-    if key_mask is not None:
-        A = A * key_mask[:, None, None, :]
-    return A / (A.sum(-1, keepdim=True) + EPS)
-
-
-def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):
-    """The definition, O(T^2): weights, then their mean of the values. Returns y (B, H, T, D)."""
-    return linear_attention_weights(phi_q, phi_k, causal, key_mask) @ v
-
-
-# --- 2. Chunks ------------------------------------------------------------------------------------
-
-
-def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None, chunk=128):
-    """The same in O(T): all pairs only inside chunks, everything earlier through the state.
-
-    `state` is the (S, z) that an earlier segment returned, or None. Sums are kept in fp32 (fp64 for
-    fp64 inputs), under autocast too. Differentiable in all inputs.
-    Returns y (B, H, T, D) in v's dtype and the state (S, z) after the last token.
-    """
-    dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):
-        phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
-        if key_mask is not None:
-            phi_k = phi_k * key_mask[:, None, :, None]      # a zero feature adds to no sum
-        if not causal:
-            S, z = phi_k.mT @ v, phi_k.sum(2)               # (B, H, F, D), (B, H, F)
-            if state is not None:
-                S, z = S + state[0], z + state[1]
-            y = phi_q @ S / (phi_q @ z.unsqueeze(-1) + EPS)
-            return y.to(dtype), (S, z)
-
-        T = v.size(2)
-        C = max(1, min(chunk, T))
-        N = max(1, -(-T // C))
-        # N chunks of C tokens; the last is filled up with zero features. (B, H, N, C, F or D)
-        phi_q, phi_k, v = (pad(x, (0, 0, 0, N * C - T)).unflatten(2, (N, C))
-                           for x in (phi_q, phi_k, v))
-        S, z = phi_k.mT @ v, phi_k.sum(-2)                  # what each chunk adds
-        A = (phi_q @ phi_k.mT).tril()                       # (B, H, N, C, C): inside each chunk
-        num, den = A @ v, A.sum(-1, keepdim=True)
-        if state is not None or N > 1:                      # and from all that came before it
-            if state is None:
-                state = torch.zeros_like(S[:, :, 0]), torch.zeros_like(z[:, :, 0])
-            S = torch.cat([state[0].unsqueeze(2), S], dim=2).cumsum(2)  # (B, H, N+1, F, D)
-            z = torch.cat([state[1].unsqueeze(2), z], dim=2).cumsum(2)  # n: all before chunk n
-            num = num + phi_q @ S[:, :, :-1]
-            den = den + phi_q @ z[:, :, :-1].unsqueeze(-1)
-        y = (num / (den + EPS)).flatten(2, 3)[:, :, :T]     # (B, H, T, D)
-        return y.to(dtype), (S[:, :, -1], z[:, :, -1])
-
-
-# --- 3. One token at a time -----------------------------------------------------------------------
-
-
-def recurrent_step(phi_q, phi_k, v, state=None):
-    """One token: phi_q, phi_k (B, H, F) and v (B, H, D) -> y (B, H, D) and the new (S, z).
-
-    S_i = S_{i-1} + phi(k_i) v_i^T,  z_i = z_{i-1} + phi(k_i),  y_i = phi(q_i) S_i / phi(q_i).z_i;
-    time and memory do not depend on how many tokens came before.
-    """
-    dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):
-        phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
-        if state is None:
-            S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k     # (B, H, F, D), (B, H, F)
-        else:
-            S = torch.addcmul(state[0], phi_k.unsqueeze(-1), v.unsqueeze(-2))
-            z = state[1] + phi_k
-        num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)         # (B, H, D)
-        den = (phi_q * z).sum(-1, keepdim=True)
-        return (num / (den + EPS)).to(dtype), (S, z)
-
-
-def recurrent_linear_attention(phi_q, phi_k, v, state=None):
-    """`recurrent_step` over a whole sequence. Returns y (B, H, T, D) and the last state."""
-    y = []
-    for t in range(v.size(2)):
-        y_t, state = recurrent_step(phi_q[:, :, t], phi_k[:, :, t], v[:, :, t], state)
-        y.append(y_t)
-    return torch.stack(y, dim=2), state
-
-
-def linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None):
-    """Linear attention with these features, by the form that is fastest here.
-
-    Returns y (B, H, T, D) and the state (S, z) after the last token; gradients flow to all inputs,
-    through the states too.
-    """
-    if kernels_take(phi_q, v, None, causal, key_mask):
-        return fused_attention(phi_q, phi_k, v, None, None, state)
-    if causal and v.size(2) == 1:                           # a step of generation
-        if key_mask is not None:
-            phi_k = phi_k * key_mask[:, None, :, None]
-        y, state = recurrent_step(phi_q.squeeze(2), phi_k.squeeze(2), v.squeeze(2), state)
-        return y.unsqueeze(2), state
-    return chunked_linear_attention(phi_q, phi_k, v, causal, key_mask, state)
-
-
-# --- 4. Triton kernels ----------------------------------------------------------------------------
+# --- the kernels ----------------------------------------------------------------------------------
 #
 # Triton in five lines. A function under @triton.jit is compiled for the GPU. One called *_kernel is
 # started as a grid of programs: here tl.program_id(0) is the head, tl.program_id(1) a stretch of
@@ -160,7 +34,7 @@ def linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None):
 #
 # A program goes through its tokens chunk by chunk. LEARNED says that the features are Hedgehog's,
 # computed inside from q, k and their matrices W; otherwise q and k are the features already. The
-# comment at the end of a line is the shape of the tile on it. Names beside those at the top:
+# comment at the end of a line is the shape of the tile on it. Names beside those of linear.py:
 #
 #     T, C         tokens of the sequence, and of a chunk; i, j, rows: positions in them
 #     X            width of q and k: d, or F where the features are given
@@ -344,16 +218,16 @@ def step_kernel(q, k, v, w_q, w_k, y, S, z, S_after, z_after, q_strides, k_strid
     tl.store(y + c, y_1.to(y.dtype.element_ty))
 
 
-# The backward pass, with a_i = phi(q_i) / den_i, delta_i = dy_i.y_i, and for j <= i
+# The backward pass, with r_i = phi(q_i) / den_i, delta_i = dy_i.y_i, and for j <= i
 #
-#     B_ij = dy_i.v_j - delta_i
-#     dphi(q_i) = (sum_j B_ij phi(k_j)) / den_i               dS = sum over later i of a_i dy_i^T
-#     dphi(k_j) =  sum_i B_ij a_i                             dz = sum over later i of -delta_i a_i
-#     dv_j      =  sum_i (a_i.phi(k_j)) dy_i
+#     E_ij = dy_i.v_j - delta_i
+#     dphi(q_i) = (sum_j E_ij phi(k_j)) / den_i               dS = sum over later i of r_i dy_i^T
+#     dphi(k_j) =  sum_i E_ij r_i                             dz = sum over later i of -delta_i r_i
+#     dv_j      =  sum_i (r_i.phi(k_j)) dy_i
 #
-# where tokens of other chunks come through states: sum_j B_ij phi(k_j) over all earlier chunks is
+# where tokens of other chunks come through states: sum_j E_ij phi(k_j) over all earlier chunks is
 # S dy_i - delta_i z, the two sums over all later ones are dS v_j + dz and dS^T phi(k_j). dS and dz
-# are a state that runs backwards in time, from a_i, dy_i and -delta_i instead of phi(k_j), v_j, 1.
+# are a state that runs backwards in time, from r_i, dy_i and -delta_i instead of phi(k_j), v_j, 1.
 # Through the map, with p = softmax(h) and m = softmax(-h) where h = x W:
 #
 #     dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_i x_i^T dh_i
@@ -368,8 +242,8 @@ def states_kernel(x, u, w, inv_den, delta, state, chunk_states, sums, x_strides,
                   T, H, segment, BACKWARD: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
                   X: tl.constexpr, LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """S and z along one segment, from x = k and u = v; BACKWARD, dS and dz from x = q and u = dy.
-    Stores the state at every chunk, or what the segment adds in slot 1 + m of its head in `sums`,
-    m the segments on this side of it, or both."""
+    Stores the state at every chunk, or what the segment adds in `sums`,
+    in slot 1 + the number of segments on this side of it, or both."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     x, u = head(x, x_strides, bh, H), head(u, u_strides, bh, H)
     W = load_map(w, bh, H, LEARNED, X)                                      # [d, d]
@@ -430,16 +304,16 @@ def backward_q_kernel(q, k, v, w_q, w_k, y, dy, inv_den, delta, states, dq, dw,
         real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
         phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
 
-        # delta_i = dy_i.y_i,  B_ij = dy_i.v_j - delta_i for j <= i
+        # delta_i = dy_i.y_i,  E_ij = dy_i.v_j - delta_i for j <= i
         y_c = load(y, y_strides[2], rows, T, D)                             # [C, D]
         delta_c = tl.sum(dy_c.to(tl.float32) * y_c.to(tl.float32), 1)       # [C]
         tl.store(delta + row, delta_c, mask=rows < T)
-        B = dot(dy_c, transposed(v_c, P), P) - delta_c[:, None]             # [C, C]
-        B = tl.where(causal, B, 0.0)
+        E = dot(dy_c, transposed(v_c, P), P) - delta_c[:, None]             # [C, C]
+        E = tl.where(causal, E, 0.0)
 
-        # dphi(q_i) = (sum_j B_ij phi(k_j) + S dy_i - delta_i z) / den_i, then dq and dW_q
+        # dphi(q_i) = (sum_j E_ij phi(k_j) + S dy_i - delta_i z) / den_i, then dq and dW_q
         phi_q = features(q_c, W_q, real, LEARNED, P)                        # [C, F]
-        dphi = dot(B, phi_k, P) + dot(dy_c, S, P)                           # [C, F]
+        dphi = dot(E, phi_k, P) + dot(dy_c, S, P)                           # [C, F]
         dphi = (dphi - delta_c[:, None] * z.to(tl.float32)[None, :]) * inv[:, None]
         dq_c, dW = map_gradient(q_c, W_q, phi_q, dphi, LEARNED, P)
         store(dq, dq_strides[2], rows, T, dq_c, X)
@@ -454,7 +328,7 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
                        segment, T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                        LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """dk and dv of one part, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates are
-    sums inside the segment; `later`, if not None, has in slot m what the last m segments add."""
+    sums inside the segment; `later`, if not None, has in slot c what the last c segments add."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, dy = head(v, v_strides, bh, H), head(dy, dy_strides, bh, H)
@@ -481,18 +355,18 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
         delta_c = tl.load(delta + row, mask=rows < T, other=0.0)            # [C]
         real = tl.where(rows < T, 1.0, 0.0)                                 # [C]
         phi_k = operand(features(k_c, W_k, real, LEARNED, P), P)            # [C, F]
-        a = operand(features(q_c, W_q, inv, LEARNED, P), P)                 # [C, F]
+        r = operand(features(q_c, W_q, inv, LEARNED, P), P)                 # [C, F]
 
-        # dphi(k_j) = sum_i B_ij a_i + dS v_j + dz, then dk and dW_k
-        B = dot(v_c, transposed(dy_c, P), P) - delta_c[None, :]             # [C, C]
-        B = tl.where(causal, B, 0.0)
-        dphi = dot(B, a, P) + dot(v_c, dS, P) + dz.to(tl.float32)[None, :]  # [C, F]
+        # dphi(k_j) = sum_i E_ij r_i + dS v_j + dz, then dk and dW_k
+        E = dot(v_c, transposed(dy_c, P), P) - delta_c[None, :]             # [C, C]
+        E = tl.where(causal, E, 0.0)
+        dphi = dot(E, r, P) + dot(v_c, dS, P) + dz.to(tl.float32)[None, :]  # [C, F]
         dk_c, dW = map_gradient(k_c, W_k, phi_k, dphi, LEARNED, P)
         store(dk, dk_strides[2], rows, T, dk_c, X)
         dW_k += dW                                                          # [d, d]
 
-        # dv_j = sum_i (phi(k_j).a_i) dy_i + dS^T phi(k_j)
-        A = tl.where(causal, dot(phi_k, transposed(a, P), P), 0.0)          # [C, C]
+        # dv_j = sum_i (phi(k_j).r_i) dy_i + dS^T phi(k_j)
+        A = tl.where(causal, dot(phi_k, transposed(r, P), P), 0.0)          # [C, C]
         dv_c = dot(A, dy_c, P) + dot(phi_k, transposed(dS, P), P)           # [C, D]
         store(dv, dv_strides[2], rows, T, dv_c, D)
     if LEARNED:

@@ -13,7 +13,6 @@ From top to bottom: options, a training step, checkpoints, the training loop, sa
 gets checkpoint.pt, log.jsonl (a line an evaluation) and result.json (also the last line printed).
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -25,7 +24,7 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -35,7 +34,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from hedgehog import FEATURE_MAPS, GPT, GPTConfig
+from command_line import one_line_errors, option, parse
+from gpt import GPT
+from hedgehog import FEATURE_MAPS, GPTConfig
 from tasks import gpt2_encoding, load_data, write_whole
 
 try:
@@ -44,11 +45,6 @@ except ImportError:
     fcntl = None
 
 # --- options --------------------------------------------------------------------------------------
-
-
-def option(default, text, low=None, high=math.inf, choices=None):
-    """A field of Options; numbers have to be in [low, high]."""
-    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
 @dataclass
@@ -123,45 +119,8 @@ PRESETS = {
 }
 # Options that --resume may change; the others are the checkpoint's.
 CHANGEABLE = set("""data_dir steps epochs micro_batch lr warmup weight_decay grad_clip eval_every
-    device precision compile recompute out resume overwrite sample sample_tokens temperature top_k""".split())
-
-
-def parse(options, presets, preset_for, inherit, description, argv=None):
-    """The command line as an `options`, a dataclass like Options; a ValueError says what is wrong.
-
-    What is given wins over the preset's values, which win over the defaults. preset_for(given)
-    names the preset if --preset does not; inherit(values, given) puts those of a checkpoint above
-    the preset's.
-    """
-    rows = "\n".join(f"  {name:8}" + " ".join(f"{k}={v}" for k, v in row.items())
-                     for name, row in presets.items())
-    p = argparse.ArgumentParser(description=description, epilog=f"presets:\n{rows}",
-                                argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                exit_on_error=False, usage="%(prog)s [options]",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(options):
-        name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        text = meta["help"] + ("" if f.default in ("", None, False) else f" ({f.default})")
-        if f.type is bool:
-            p.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            p.add_argument(name, type=checked(f.type, meta["low"], meta["high"]), help=text,
-                           choices=meta["choices"], metavar=f.type.__name__)
-    try:
-        given, unknown = p.parse_known_args(argv)
-    except argparse.ArgumentError as e:
-        raise ValueError(f"{e} (see --help)")
-    given = vars(given)
-    preset = given.get("preset") or preset_for(given)
-    if unknown or preset not in presets:
-        raise ValueError(f"unrecognized arguments: {' '.join(unknown or ['--preset', preset])} "
-                         "(see --help)")
-    values = inherit({**presets[preset], "preset": preset}, given)
-    for key in options.replaces.keys() & given.keys():
-        if options.replaces[key].keys() & given.keys():
-            raise ValueError(f"--{key}: give this or {', '.join(options.replaces[key])}, not both")
-        values |= options.replaces[key]
-    return options(**values | given)
+    device precision compile recompute out resume overwrite sample sample_tokens temperature
+    top_k""".split())
 
 
 def resumed(values, given):
@@ -174,21 +133,6 @@ def resumed(values, given):
             raise ValueError(f"--{key.replace('_', '-')} {given[key]}: the run to --resume has "
                              f"{saved[key]}, which cannot change; another --out starts anew")
     return {key: saved[key] for key in saved if key not in ("device", "precision", "compile")}
-
-
-def checked(kind, low, high):
-    """An argparse type: text as a `kind`, a number only if it is in [low, high]."""
-    if kind is int and high == math.inf:
-        high = 2**31 - 1                                    # more of anything cannot be had
-
-    def convert(text):
-        value = kind(text)
-        if low is not None and not low <= value <= high:    # also for NaN
-            raise ValueError
-        return value
-
-    convert.__name__ = kind.__name__ if low is None else f"{kind.__name__} in [{low}, {high}]"
-    return convert
 
 
 # Dense bf16 products a second by name of the card, from the makers' data sheets.
@@ -538,7 +482,7 @@ def print_header(o, data, model, steps):
           f"parameters: {o.n_layer} layers, {o.n_head} heads, width {o.n_embd}, context "
           f"{o.block_size}, {o.position} positions\ndevice  {device_name(o)}, {o.precision}\n"
           f"budget  {steps:,} steps of {o.batch_size * o.block_size:,} tokens"
-          + o.compile * "\ncompile the first step takes half a minute, and does not count in tokens/s",
+          + o.compile * "\ncompile the first step takes half a minute, not counted in tokens/s",
           flush=True)
 
 
@@ -582,26 +526,6 @@ def write_result(out, result):
                                 "torch": torch.__version__, "python": platform.python_version()})
     write_whole(Path(out) / "result.json", lambda f: f.write(line.encode() + b"\n"))
     return line
-
-
-def one_line_errors(program, run):
-    """run()'s exit code, or 2 and one line on what went wrong and what to do."""
-    try:
-        return run()
-    except KeyboardInterrupt:                               # a second one, or before training
-        print("stopped", file=sys.stderr)
-        return 130
-    except torch.cuda.OutOfMemoryError:
-        message = "out of GPU memory: give a smaller --micro-batch"
-    except OSError as e:
-        message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-    except (ValueError, argparse.ArgumentError) as e:
-        message = str(e)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{program}: error: {message}", file=sys.stderr)
-    return 2
 
 
 def preset_for(given):

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from hedgehog import GPT, GPTConfig
+from gpt import GPT
+from hedgehog import GPTConfig
 
 
 def own(attention, device):

@@ -19,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hedgehog import hedgehog_features
-from kernel import SMALL, chunked_linear_attention, fused_attention, shared_memory
+from kernel import SMALL, fused_attention, shared_memory
+from linear import chunked_linear_attention
 
 
 def contenders(with_fla):

@@ -18,10 +18,11 @@ import distill
 import tasks
 import train_lm
 from distill import LowRank, add_lora, merge_lora, mimicry_loss, model_with
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, Hedgehog, LinearAttention, SoftmaxAttention,
+from gpt import GPT
+from hedgehog import (FEATURE_MAPS, GPTConfig, Hedgehog, LinearAttention, SoftmaxAttention,
                       attention_cross_entropy, attention_kl, entropy, monotonicity,
                       softmax_attention_weights)
-from kernel import linear_attention_weights
+from linear import linear_attention_weights
 from tasks import glue, listops, listops_value, matthews
 
 B, H, T, D = 2, 2, 9, 4

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hedgehog import (FEATURE_MAPS, GPT, GPTConfig, LinearAttention, Performer, entropy,
-                      linear_cross_entropy, rotate, softmax_attention, softmax_attention_weights)
-from kernel import linear_attention_weights
+from gpt import GPT, linear_cross_entropy, rotate
+from hedgehog import (FEATURE_MAPS, GPTConfig, LinearAttention, Performer, entropy,
+                      softmax_attention, softmax_attention_weights)
+from linear import linear_attention_weights
 
 B, H, T, D = 2, 3, 11, 8
 MAPS = list(FEATURE_MAPS)

@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers")
 import distill
 import hf
 import tasks
-import train_lm
-from hedgehog import GPT, SoftmaxAttention
+from gpt import GPT
+from hedgehog import SoftmaxAttention
 
 SMALL = dict(vocab_size=270, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64)

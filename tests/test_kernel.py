@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hedgehog import FEATURE_MAPS, GPTConfig
-from kernel import (chunked_linear_attention, linear_attention, linear_attention_weights,
-                    naive_linear_attention, recurrent_linear_attention)
+from hedgehog import FEATURE_MAPS, GPTConfig, linear_attention
+from linear import (chunked_linear_attention, linear_attention_weights, naive_linear_attention,
+                    recurrent_linear_attention)
 
 LENGTHS = [1, 15, 16, 17, 63, 65, 130]
 

@@ -23,7 +23,8 @@ import torch
 
 import tasks
 import train_lm
-from hedgehog import FEATURE_MAPS, GPT, GPTConfig
+from gpt import GPT
+from hedgehog import FEATURE_MAPS, GPTConfig
 
 SHAPE = ("--data text.txt --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
          "--micro-batch 2 --position learned --sample-tokens 5")
@@ -210,7 +211,25 @@ def test_stdlib():
     assert code == 0 and "stdlib-3" in out
     a, b = (tasks.read_stdlib() for _ in range(2))
     assert a == b
-    assert len(a["train"]) > 50 * len(a["valid"]) * 0.3 and len(a["test"]) > 10_000
+    assert len(a["train"]) > 10 * len(a["valid"]) and len(a["valid"]) > 50_000
+    assert len(a["test"]) > 50_000
+
+
+def test_stdlib_splits_by_module(monkeypatch):
+    for i in range(200):
+        for name in ("one", "two"):
+            Path(f"lib/m{i}").mkdir(parents=True, exist_ok=True)
+            Path(f"lib/m{i}/{name}.py").write_text(f"<m{i}>")
+    for name in ("encodings/cp1.py", "m1/tests/test.py", "_sysconfigdata_x.py"):
+        Path("lib", name).parent.mkdir(exist_ok=True)
+        Path("lib", name).write_text("<left out>")
+    monkeypatch.setattr(tasks.sysconfig, "get_paths", lambda: {"stdlib": "lib"})
+    splits = tasks.read_stdlib()
+    assert all(len(text) > 30 for text in splits.values())
+    for i in range(200):
+        counts = sorted(text.count(f"<m{i}>".encode()) for text in splits.values())
+        assert counts == [0, 0, 2]
+    assert b"left out" not in b"".join(splits.values())
 
 
 def test_recall_task():

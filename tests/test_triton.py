@@ -14,9 +14,11 @@ else:
 
 import hedgehog
 import kernel
-from hedgehog import (GPT, GPTConfig, Hedgehog, LinearAttention, hedgehog_attention, hedgehog_features)
-from kernel import (EPS, chunked_linear_attention, fused_attention, linear_attention,
-                    naive_linear_attention)
+from gpt import GPT
+from hedgehog import (GPTConfig, Hedgehog, LinearAttention, hedgehog_attention, hedgehog_features,
+                      linear_attention)
+from kernel import EPS, fused_attention
+from linear import chunked_linear_attention, naive_linear_attention
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -93,8 +95,8 @@ class ByHand(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, v, w_q, w_k, phi_q, phi_k, y, den = ctx.saved_tensors
-        a, delta = phi_q / den, (dy * y).sum(-1, keepdim=True)
-        B = (dy @ v.mT - delta).tril()                      # (B, H, i, j)
+        r, delta = phi_q / den, (dy * y).sum(-1, keepdim=True)
+        E = (dy @ v.mT - delta).tril()                      # (B, H, i, j)
 
         def through_map(x, w, phi, dphi):
             p, m = phi.chunk(2, -1)
@@ -103,9 +105,9 @@ class ByHand(torch.autograd.Function):
             dh = dh - m * (dm - (m * dm).sum(-1, keepdim=True))
             return dh @ w.mT, (x.mT @ dh).sum(0)
 
-        dq, dw_q = through_map(q, w_q, phi_q, B @ phi_k / den)
-        dk, dw_k = through_map(k, w_k, phi_k, B.mT @ a)
-        return dq, dk, (a @ phi_k.mT).tril().mT @ dy, dw_q, dw_k
+        dq, dw_q = through_map(q, w_q, phi_q, E @ phi_k / den)
+        dk, dw_k = through_map(k, w_k, phi_k, E.mT @ r)
+        return dq, dk, (r @ phi_k.mT).tril().mT @ dy, dw_q, dw_k
 
 
 def test_backward_equations():
@@ -185,13 +187,10 @@ def test_the_dispatcher(monkeypatch):
                          for x, w in ((q, self.w_q), (k, self.w_k)))
 
     launched = []
-    monkeypatch.setattr(kernel, "kernels_take", lambda q, v, w, causal=True, mask=None: (
+    monkeypatch.setattr(hedgehog, "kernels_take", lambda q, v, w, causal=True, mask=None: (
         causal and mask is None and v.size(2) > 1 and v.dtype == torch.float32))
-    monkeypatch.setattr(hedgehog, "kernels_take", kernel.kernels_take)
-    monkeypatch.setattr(hedgehog, "fused_attention", lambda *xs: (
-        launched.append("map inside"), fused_attention(*xs))[1])
-    monkeypatch.setattr(kernel, "fused_attention", lambda *xs: (
-        launched.append("features"), fused_attention(*xs))[1])
+    monkeypatch.setattr(hedgehog, "fused_attention", lambda *xs: (launched.append(
+        "features" if xs[3] is None else "map inside"), fused_attention(*xs))[1])
     q, k, v = (x.cpu() for x in random_inputs(2, 2, 24, 16)[:3])
     mask = torch.ones(2, 24, dtype=torch.bool)
     mask[0, 20:] = False

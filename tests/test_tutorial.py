@@ -24,9 +24,10 @@ import tables
 
 TEXTS = ["tutorial.md", "README.md", "figures/README.md"]
 SOURCES = "".join((ROOT / f"{name}.py").read_text()
-                  for name in ("kernel", "hedgehog", "tasks", "train_lm", "distill",
-                               "hf", "tests/bench_kernel", "tests/bench_generation",
-                               "tests/tables", "tests/drills"))
+                  for name in ("linear", "kernel", "hedgehog", "gpt", "tasks", "command_line",
+                               "train_lm", "distill", "hf", "tests/bench_kernel",
+                               "tests/bench_generation", "tests/bench_training", "tests/tables",
+                               "tests/drills"))
 # A python block and, directly after it, what it prints, if anything.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n*^```text\n(.*?)^```\n)?", re.M | re.S)
 

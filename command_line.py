@@ -1,0 +1,87 @@
+"""Options as a dataclass, and errors as one line. Nothing here is about attention."""
+
+import argparse
+import math
+import sys
+from dataclasses import field, fields
+
+import torch
+import torch.distributed as dist
+
+
+def option(default, text, low=None, high=math.inf, choices=None):
+    """A field of Options; numbers have to be in [low, high]."""
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+def parse(options, presets, preset_for, inherit, description, argv=None):
+    """The command line as an `options`, a dataclass like Options; a ValueError says what is wrong.
+
+    What is given wins over the preset's values, which win over the defaults. preset_for(given)
+    names the preset if --preset does not; inherit(values, given) puts those of a checkpoint above
+    the preset's.
+    """
+    rows = "\n".join(f"  {name:8}" + " ".join(f"{k}={v}" for k, v in row.items())
+                     for name, row in presets.items())
+    p = argparse.ArgumentParser(description=description, epilog=f"presets:\n{rows}",
+                                argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                exit_on_error=False, usage="%(prog)s [options]",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(options):
+        name, meta = "--" + f.name.replace("_", "-"), f.metadata
+        text = meta["help"] + ("" if f.default in ("", None, False) else f" ({f.default})")
+        if f.type is bool:
+            p.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            p.add_argument(name, type=checked(f.type, meta["low"], meta["high"]), help=text,
+                           choices=meta["choices"], metavar=f.type.__name__)
+    try:
+        given, unknown = p.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise ValueError(f"{e} (see --help)")
+    given = vars(given)
+    preset = given.get("preset") or preset_for(given)
+    if unknown or preset not in presets:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown or ['--preset', preset])} "
+                         "(see --help)")
+    values = inherit({**presets[preset], "preset": preset}, given)
+    for key in options.replaces.keys() & given.keys():
+        if options.replaces[key].keys() & given.keys():
+            raise ValueError(f"--{key}: give this or {', '.join(options.replaces[key])}, not both")
+        values |= options.replaces[key]
+    return options(**values | given)
+
+
+def checked(kind, low, high):
+    """An argparse type: text as a `kind`, a number only if it is in [low, high]."""
+    if kind is int and high == math.inf:
+        high = 2**31 - 1                                    # more of anything cannot be had
+
+    def convert(text):
+        value = kind(text)
+        if low is not None and not low <= value <= high:    # also for NaN
+            raise ValueError
+        return value
+
+    convert.__name__ = kind.__name__ if low is None else f"{kind.__name__} in [{low}, {high}]"
+    return convert
+
+
+def one_line_errors(program, run):
+    """run()'s exit code, or 2 and one line on what went wrong and what to do."""
+    try:
+        return run()
+    except KeyboardInterrupt:                               # a second one, or before training
+        print("stopped", file=sys.stderr)
+        return 130
+    except torch.cuda.OutOfMemoryError:
+        message = "out of GPU memory: give a smaller --micro-batch"
+    except OSError as e:
+        message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+    except (ValueError, argparse.ArgumentError) as e:
+        message = str(e)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return 2

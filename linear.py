@@ -1,0 +1,119 @@
+"""Linear attention as functions of features: the definition, and the same numbers in less time.
+
+    y_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j),    j <= i if causal, all j if not
+
+phi maps a query or a key to F features with phi(q).phi(k) >= 0 (Hedgehog paper, arXiv 2402.04347,
+section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention:
+
+    phi_q, phi_k  (B, H, T, F)   features: batch, heads, time, feature dim
+    v, y          (B, H, T, D)   values and outputs, D the head dim
+    key_mask      (B, T)         False (or 0) where a key is padding
+    S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
+    z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
+
+There are four forms of this one function. `naive_linear_attention` is the definition, T x T, and
+what every other form is tested against. `chunked_linear_attention` takes O(T) time and memory: the
+state sums up all earlier chunks. `recurrent_step` takes one token at a time, in generation.
+kernel.py has the chunked form and the step as Triton kernels.
+"""
+
+import torch
+from torch.nn.functional import pad
+
+# Added to the denominator, so that a query that matches no key gets 0 and not 0/0 (ReLU features
+# can all be zero). It is far below any sum of features, which cancels in the ratio.
+EPS = 1e-30
+
+
+# --- 1. The definition ----------------------------------------------------------------------------
+
+
+def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
+    """The weights a_ij = phi(q_i).phi(k_j) / sum_n phi(q_i).phi(k_n), (B, H, T_q, T_k).
+
+    With T_q < T_k the queries are the last T_q tokens.
+    """
+    A = phi_q @ phi_k.mT                                    # (B, H, T_q, T_k)
+    if causal:
+        A = A.tril(A.size(-1) - A.size(-2))
+    if key_mask is not None:
+        A = A * key_mask[:, None, None, :]
+    return A / (A.sum(-1, keepdim=True) + EPS)
+
+
+def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):
+    """The definition, O(T^2): weights, then their mean of the values. Returns y (B, H, T, D)."""
+    return linear_attention_weights(phi_q, phi_k, causal, key_mask) @ v
+
+
+# --- 2. Chunks ------------------------------------------------------------------------------------
+
+
+def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None, chunk=128):
+    """The same in O(T): all pairs only inside chunks, everything earlier through the state.
+
+    `state` is the (S, z) that an earlier segment returned, or None. Sums are kept in fp32 (fp64 for
+    fp64 inputs), under autocast too. Differentiable in all inputs.
+    Returns y (B, H, T, D) in v's dtype and the state (S, z) after the last token.
+    """
+    dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
+        if key_mask is not None:
+            phi_k = phi_k * key_mask[:, None, :, None]      # a zero feature adds to no sum
+        if not causal:
+            S, z = phi_k.mT @ v, phi_k.sum(2)               # (B, H, F, D), (B, H, F)
+            if state is not None:
+                S, z = S + state[0], z + state[1]
+            y = phi_q @ S / (phi_q @ z.unsqueeze(-1) + EPS)
+            return y.to(dtype), (S, z)
+
+        T = v.size(2)
+        C = max(1, min(chunk, T))
+        N = max(1, -(-T // C))
+        # N chunks of C tokens; the last is filled up with zero features. (B, H, N, C, F or D)
+        phi_q, phi_k, v = (pad(x, (0, 0, 0, N * C - T)).unflatten(2, (N, C))
+                           for x in (phi_q, phi_k, v))
+        S, z = phi_k.mT @ v, phi_k.sum(-2)                  # what each chunk adds
+        A = (phi_q @ phi_k.mT).tril()                       # (B, H, N, C, C): inside each chunk
+        num, den = A @ v, A.sum(-1, keepdim=True)
+        if state is not None or N > 1:                      # and from all that came before it
+            if state is None:
+                state = torch.zeros_like(S[:, :, 0]), torch.zeros_like(z[:, :, 0])
+            S = torch.cat([state[0].unsqueeze(2), S], dim=2).cumsum(2)  # (B, H, N+1, F, D)
+            z = torch.cat([state[1].unsqueeze(2), z], dim=2).cumsum(2)  # n: all before chunk n
+            num = num + phi_q @ S[:, :, :-1]
+            den = den + phi_q @ z[:, :, :-1].unsqueeze(-1)
+        y = (num / (den + EPS)).flatten(2, 3)[:, :, :T]     # (B, H, T, D)
+        return y.to(dtype), (S[:, :, -1], z[:, :, -1])
+
+
+# --- 3. One token at a time -----------------------------------------------------------------------
+
+
+def recurrent_step(phi_q, phi_k, v, state=None):
+    """One token: phi_q, phi_k (B, H, F) and v (B, H, D) -> y (B, H, D) and the new (S, z).
+
+    S_i = S_{i-1} + phi(k_i) v_i^T,  z_i = z_{i-1} + phi(k_i),  y_i = phi(q_i) S_i / phi(q_i).z_i;
+    time and memory do not depend on how many tokens came before.
+    """
+    dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
+        if state is None:
+            S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k     # (B, H, F, D), (B, H, F)
+        else:
+            S = torch.addcmul(state[0], phi_k.unsqueeze(-1), v.unsqueeze(-2))
+            z = state[1] + phi_k
+        num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)         # (B, H, D)
+        den = (phi_q * z).sum(-1, keepdim=True)
+        return (num / (den + EPS)).to(dtype), (S, z)
+
+
+def recurrent_linear_attention(phi_q, phi_k, v, state=None):
+    """`recurrent_step` over a whole sequence. Returns y (B, H, T, D) and the last state."""
+    y = []
+    for t in range(v.size(2)):
+        y_t, state = recurrent_step(phi_q[:, :, t], phi_k[:, :, t], v[:, :, t], state)
+        y.append(y_t)
+    return torch.stack(y, dim=2), state
