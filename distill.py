@@ -14,8 +14,9 @@
 The paper's section 4: every attention layer gets a feature map, which first learns to give
 softmax's attention weights (stage 1, all else frozen); then linear attention takes softmax's place
 and the whole model is finetuned for a while (stage 2). From top to bottom: options, the two stages,
-adapters, tables, analysis. OUT gets log.jsonl, result.json, and teacher/, stage1/, stage2/ and
-softmax/ with a checkpoint.pt each, which train_lm.py samples from and goes on with.
+adapters, tables, analysis. OUT gets log.jsonl, result.json, and teacher/, stage1/, stage2/, softmax/
+and with ListOps scratch/: runs of train_lm.py, which samples from them and goes on with them, or
+for a model of Hugging Face folders that transformers opens.
 """
 
 import contextlib
@@ -471,8 +472,8 @@ def load(run, o):
 
     import hf                                               # needs transformers
     if o.task and Path(o.task, "train.tsv").exists():
-        model = hf.load(run, "SequenceClassification", o.device)
-        if model.config.causal:
+        model = hf.load(run, "SequenceClassification", o.device)        # for its tokenizer; then
+        if model.config.causal:                                         # with the task's classes
             raise ValueError(f"{run}: --task FOLDER with text is for encoders such as BERT")
         task = glue_task(o, "", lambda text: model.tokenizer(*text.split("\n", 1))["input_ids"],
                          replace(model.config, block_size=o.block_size))

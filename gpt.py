@@ -14,48 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from hedgehog import make_mix
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """linear_cross_entropy with x (N, C) and targets (N). Its gradients are made in the forward
-    pass: nothing else needs the logits, and made once they need not be made again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk):
-        x_c, w = x.split(chunk), weight.to(x.dtype)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        loss, n = 0.0, (targets >= 0).sum().clamp(min=1)
-        dx, dweight = [], torch.zeros_like(weight, dtype=exact)
-        token = torch.arange(len(weight), device=x.device)
-        for x, y in zip(x_c, targets.split(chunk)):
-            share = (y >= 0).to(exact).unsqueeze(1) / n                     # (chunk, 1)
-            logits = (x @ w.T).to(exact).masked_fill(token >= vocab_size, -math.inf)
-            log_p = logits.log_softmax(-1)                                  # (chunk, V)
-            loss = loss - (log_p.gather(1, y.clamp(min=0).unsqueeze(1)) * share).sum()
-            dlogits = ((log_p.exp() - (token == y.unsqueeze(1)).to(exact)) * share).to(x.dtype)
-            dx.append(dlogits @ w)
-            dweight += dlogits.T @ x
-        ctx.save_for_backward(torch.cat(dx), dweight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, dloss):
-        dx, dweight = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None
-
-
-def linear_cross_entropy(x, weight, targets, vocab_size, chunk=2**13):
-    """The mean of -log softmax(x W^T)[target] in nats over the targets that are not -1.
-
-    x (..., C), W (V, C), of which vocab_size rows count, targets (...). `chunk` tokens at a time:
-    the logits of all would take more memory than all else in a small model.
-    """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        return LinearCrossEntropy.apply(x.flatten(0, -2).to(dtype), weight, targets.flatten(),
-                                        vocab_size, chunk)
-
-
 def rotate(x, positions):
     """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only."""
     half = x.size(-1) // 2
@@ -295,3 +253,48 @@ class GPT(nn.Module):
             decay[p.dim() >= 2 and "feature_map" not in name].append(p)
         return [{"params": decay[True], "weight_decay": weight_decay},
                 {"params": decay[False], "weight_decay": 0.0}]
+
+
+# --- the loss in chunks ---------------------------------------------------------------------------
+
+
+def linear_cross_entropy(x, weight, targets, vocab_size, chunk=2**13):
+    """The mean of -log softmax(x W^T)[target] in nats over the targets that are not -1.
+
+    x (..., C), W (V, C), of which vocab_size rows count, targets (...). `chunk` tokens at a time:
+    the logits of all would take more memory than all else in a small model.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return LinearCrossEntropy.apply(x.flatten(0, -2).to(dtype), weight, targets.flatten(),
+                                        vocab_size, chunk)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """linear_cross_entropy with x (N, C) and targets (N). Its gradients are made in the forward
+    pass: nothing else needs the logits, and made once they need not be made again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunk):
+        w, exact = weight.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
+        token, n = torch.arange(len(weight), device=x.device), (targets >= 0).sum().clamp(min=1)
+        loss, dx, dweight = 0.0, [], torch.zeros_like(weight, dtype=exact)
+        for x_c, y in zip(x.split(chunk), targets.split(chunk)):            # (chunk, C), (chunk)
+            share = (y >= 0).to(exact).unsqueeze(1) / n                     # (chunk, 1)
+            logits = (x_c @ w.T).to(exact).masked_fill(token >= vocab_size, -math.inf)
+            log_p = logits.log_softmax(-1)                                  # (chunk, V)
+            loss = loss - (log_p.gather(1, y.clamp(min=0).unsqueeze(1)) * share).sum()
+            # d(-log p_y) / dlogits = p - (1 at y, 0 elsewhere)
+            dlogits = ((log_p.exp() - (token == y.unsqueeze(1)).to(exact)) * share).to(x.dtype)
+            dx.append(dlogits @ w)
+            if ctx.needs_input_grad[1]:                     # not with adapters
+                dweight += dlogits.T @ x_c
+        ctx.save_for_backward(torch.cat(dx), dweight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None
