@@ -33,7 +33,7 @@ HEADLINE = [
     ("converted, the 124M model (H200), perplexity per token", "conversions", "stage 2",
      {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %"),
     ("converted, 0.9M on Python's source (CPU), perplexity per byte", "conversions", "stage 2",
-     {"data": "stdlib-3.11.7", "date": "2026-11-26"}, "-")]
+     {"data": "stdlib-3.11.7", "date": "2026-11-27"}, "-")]
 
 
 def results(path=ROOT / "figures" / "results.jsonl"):

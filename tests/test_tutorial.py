@@ -25,7 +25,7 @@ import tables
 TEXTS = ["tutorial.md", "README.md", "figures/README.md"]
 SOURCES = "".join((ROOT / f"{name}.py").read_text()
                   for name in ("linear", "kernel", "hedgehog", "gpt", "tasks", "command_line",
-                               "train_lm", "distill", "hf", "tests/bench_kernel",
+                               "train_lm", "analysis", "distill", "hf", "tests/bench_kernel",
                                "tests/bench_generation", "tests/bench_training", "tests/tables",
                                "tests/drills"))
 # A python block and, directly after it, what it prints, if anything.
