@@ -15,8 +15,8 @@ The paper's section 4: every attention layer gets a feature map, which first lea
 softmax's attention weights (stage 1, all else frozen); then linear attention takes softmax's place
 and the whole model is finetuned for a while (stage 2). From top to bottom: options, the two stages,
 adapters, tables; analysis.py has what they measure. OUT gets log.jsonl, result.json, and teacher/,
-stage1/, stage2/, softmax/ and with ListOps scratch/: runs of train_lm.py, which samples from them
-and goes on with them, or for a model of Hugging Face folders that transformers opens.
+stage1/, stage2/, softmax/ and with ListOps scratch/: checkpoints of train_lm.py, which samples from
+those of text and goes on with them, or for a model of Hugging Face folders that transformers opens.
 """
 
 import copy
@@ -77,9 +77,10 @@ class Options(train_lm.Options):
     replaces = {"epochs": {"teacher_steps": 0}, "teacher_steps": {"epochs": 0.0}}
 
     def __post_init__(self):
-        name = Path(self.task or self.data or "stdlib").resolve().name
-        self.out = self.out or f"out/distill-{name}-{self.attention}"
+        out = self.out
         super().__post_init__()
+        name = Path(self.task or self.data).resolve().name
+        self.out = out or f"out/distill-{name}-{self.attention}"
 
 
 BY_EPOCHS = dict(teacher_steps=0, steps=400, lr=1e-3)
@@ -169,8 +170,10 @@ def distill(model, mixes, task, o):
     goes through it.
     """
     layers, losses = model.attention_layers(), []
-    maps = [getattr(mix, "feature_map", None) for mix in mixes]     # None where softmax stays
+    maps = [mix.feature_map if any(True for _ in mix.parameters()) else None
+            for mix in mixes]           # None where softmax stays, or a map that cannot learn
     parameters = [p for m in maps if m for p in m.parameters()]
+    model.eval()                        # no dropout
     optimizer = torch.optim.AdamW(parameters, lr=o.distill_lr, weight_decay=0.0)
     bar = tqdm(range(o.distill_steps), desc="stage 1")
     for step in bar:
@@ -385,7 +388,8 @@ def convert(task, teacher, o):
         rows.append(row("softmax, finetuned", model, softmax, task, o))
     if task.name == "listops":          # as many steps as the teacher and stage 2 together
         torch.manual_seed(o.seed)
-        model = GPT(replace(teacher.config, attention=o.attention)).to(o.device)
+        model = GPT(replace(teacher.config, attention=o.attention,
+                            feature_dim=o.feature_dim)).to(o.device)
         train("scratch", model, task, o, o.teacher_steps + o.steps, o.teacher_lr)
         mixes = [layer.mix for layer in model.attention_layers()]
         rows.append(row(f"{o.attention}, from scratch", model, mixes, task, o))
@@ -429,8 +433,9 @@ def load(run, o):
         model = hf.load(run, "SequenceClassification", o.device)        # for its tokenizer; then
         if model.config.causal:                                         # with the task's classes
             raise ValueError(f"{run}: --task FOLDER with text is for encoders such as BERT")
-        task = glue_task(o, "", lambda text: model.tokenizer(*text.split("\n", 1))["input_ids"],
-                         replace(model.config, block_size=o.block_size))
+        task = glue_task(o, "", lambda text: model.tokenizer(
+            *text.split("\n", 1), truncation=True, max_length=o.block_size)["input_ids"],
+            replace(model.config, block_size=o.block_size))
         return task, hf.load(run, "SequenceClassification", o.device, num_labels=task.classes,
                              ignore_mismatched_sizes=True), model.stage
     if o.task:
@@ -467,7 +472,8 @@ def listops_task(o):
     task = Classification("listops", "listops", 15, listops(o.listops_low, o.listops_high, sizes))
     torch.manual_seed(o.seed)
     return task, GPT(GPTConfig(vocab_size=15, block_size=o.listops_high, n_layer=o.n_layer,
-                               n_head=o.n_head, n_embd=o.n_embd, attention="softmax", causal=False,
+                               n_head=o.n_head, n_embd=o.n_embd, position=o.position,
+                               dropout=o.dropout, attention="softmax", causal=False,
                                num_classes=10)).to(o.device)
 
 
@@ -516,8 +522,10 @@ def run(argv):
     o = parse(Options, PRESETS, preset_for, from_teacher, __doc__.split("\n")[0], argv)
     if o.sample is not None or o.resume or "LOCAL_RANK" in os.environ:
         raise ValueError("--sample, --resume and torchrun are train_lm.py's, for OUT/stage2 say")
-    if o.plot and not o.analyze or o.analyze and o.task or o.data == "recall":
-        raise ValueError("--plot goes with --analyze, and that with text: no --task, no recall")
+    if o.data == "recall":
+        raise ValueError("--data recall is for train_lm.py: conversions are of text and --task")
+    if o.plot and not o.analyze or o.analyze and o.task:
+        raise ValueError("--plot goes with --analyze, and that with text, not with --task")
     train_lm.start(o)
     if o.analyze:
         print(json.dumps(analyze(*load(o.analyze, o), o)))
@@ -544,8 +552,8 @@ def run(argv):
                 "seconds": round(time.perf_counter() - begin, 1),
                 "device": train_lm.device_name(o), "precision": o.precision, "options": vars(o)})
     except KeyboardInterrupt:
-        print(f"stopped; {o.out} has what was finished, a teacher say, and the same command goes "
-              "on from there")
+        print(f"stopped; {o.out} has what was finished; " + (
+            "--overwrite begins anew" if o.task else "the same command goes on, from its teacher"))
         return 130
     print_table(rows, task.figure)
     print(line)

@@ -77,7 +77,7 @@ class GPT(nn.Module):
                     if config.position == "learned" else None)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, name)
-                                    for name in config.attentions[:config.n_layer])
+                                    for name in config.attentions)
         self.ln_f = nn.LayerNorm(config.n_embd)
         if config.num_classes:
             self.classifier = nn.Linear(config.n_embd, config.num_classes)

@@ -46,7 +46,7 @@ class GPTConfig:
     num_classes: int = 0            # above 0: classify sequences, not predict tokens
 
     def __post_init__(self):
-        for name in self.attentions:
+        for name in self.attention.split(","):
             if name != "softmax" and name not in FEATURE_MAPS:
                 raise ValueError(f"attention {name!r} is not one of: softmax, "
                                  + ", ".join(FEATURE_MAPS))
@@ -63,7 +63,7 @@ class GPTConfig:
     def attentions(self):
         """The attention of each layer: the names in `attention`, over and over."""
         names = self.attention.split(",")
-        return [names[i % len(names)] for i in range(max(self.n_layer, len(names)))]
+        return [names[i % len(names)] for i in range(self.n_layer)]
 
     @property
     def head_dim(self):
@@ -137,6 +137,7 @@ def exp_features(q, k):
     that its features are exact, and a sum over 2^20 tokens of them still fits into fp32 (e^88).
     Features below e^-60 are 0 and get no gradient, which grows like 1 / feature and can overflow.
     """
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     q = q - q.amax(-1, keepdim=True).detach()
     return tuple(torch.where(x < -60, 0.0, x.exp()) for x in (q, k.clamp(max=60)))
 
@@ -325,8 +326,9 @@ def monotonicity(weights, q, k, causal=True, key_mask=None):
     r, s = (ranks(x.masked_fill(~seen, math.inf)) - (n.unsqueeze(-1) - 1) / 2
             for x in (weights, q @ k.mT))                   # from -(n-1)/2 to (n-1)/2: mean 0
     r, s = r * seen, s * seen
-    spread = (r.square().sum(-1) * s.square().sum(-1)).sqrt()           # 0 if all are alike, or
-    correlation = (r * s).sum(-1) / spread.clamp(min=0.25)              # at least 0.5
+    # The spread is 0 where all keys are alike, else at least 0.5.
+    spread = (r.square().sum(-1) * s.square().sum(-1)).sqrt()
+    correlation = (r * s).sum(-1) / spread.clamp(min=0.25)
     counted = n > 1
     if key_mask is not None:
         counted = counted & key_mask[:, None, -q.size(2):].bool()
@@ -389,8 +391,9 @@ class LinearAttention(nn.Module):
     def forward(self, q, k, v, positions, causal=True, key_mask=None, cache=None):
         if key_mask is not None:
             key_mask = key_mask[:, -k.size(2):]             # earlier tokens are in the state
-        if type(self.feature_map) is Hedgehog:              # the kernels know no other map, nor
-            w_q, w_k = self.feature_map.w_q, self.feature_map.w_k       # what a subclass does
+        # The kernels know no other map, nor what a subclass does.
+        if type(self.feature_map) is Hedgehog:
+            w_q, w_k = self.feature_map.w_q, self.feature_map.w_k
             return hedgehog_attention(q, k, v, w_q, w_k, causal, key_mask, cache)
         return linear_attention(*self.feature_map(q, k, positions), v, causal, key_mask, cache)
 

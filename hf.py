@@ -191,6 +191,12 @@ class HuggingFace(nn.Module):
         if self.hf.main_input_name == "pixel_values":
             return {"pixel_values": idx}
         inputs = {"input_ids": idx, "attention_mask": key_mask}
+        sep = getattr(self.tokenizer, "sep_token_id", None)
+        if self.hf.config.model_type == "bert" and sep is not None:
+            ends = (idx == sep).long()                      # which of two sentences a token is of
+            inputs["token_type_ids"] = (ends.cumsum(-1) - ends).clamp(max=1)
+            if key_mask is not None:
+                inputs["token_type_ids"] *= key_mask
         if self.config.causal:
             inputs["use_cache"] = False
             if key_mask is not None:                        # padding on the left moves positions

@@ -1,9 +1,10 @@
 """Causal linear attention as Triton kernels, with Hedgehog's feature map inside.
 
 `fused_attention` is chunked_linear_attention of linear.py, and for one token recurrent_step;
-symbols and shapes are those there. Features never reach memory: they are made from q, k and their
-matrices W where they are used. `kernels_take` says which GPUs, types and sizes this is for. `python
-kernel.py` checks the kernels and times them.
+symbols and shapes are those there but where it says otherwise. Hedgehog's features never reach
+memory: they are made from q, k and their matrices W where they are used. Other maps' features are
+taken as they are. `kernels_take` says which GPUs, types and sizes this is for. `python kernel.py`
+checks the kernels and times them.
 """
 
 import os
@@ -27,10 +28,10 @@ except ImportError:     # then the kernels below can be read, but not run
 # --- the kernels ----------------------------------------------------------------------------------
 #
 # Triton in five lines. A function under @triton.jit is compiled for the GPU. One called *_kernel is
-# started as a grid of programs: here tl.program_id(0) is the head, tl.program_id(1) a stretch of
-# its tokens. Tensors arrive as a pointer to their first element and strides; tl.load reads the tile
-# of elements at a tile of addresses, where `mask` is True. What is tl.constexpr is known when the
-# kernel is compiled. tl.dot multiplies two tiles on the matrix units.
+# started as a grid of programs: here tl.program_id(0) is one of the B H heads, tl.program_id(1) a
+# stretch of its tokens. Tensors arrive as a pointer to their first element and strides; tl.load
+# reads the tile of elements at a tile of addresses, where `mask` is True. What is tl.constexpr is
+# known when the kernel is compiled. tl.dot multiplies two tiles on the matrix units.
 #
 # A program goes through its tokens chunk by chunk. LEARNED says that the features are Hedgehog's,
 # computed inside from q, k and their matrices W; otherwise q and k are the features already. The
@@ -40,8 +41,8 @@ except ImportError:     # then the kernels below can be read, but not run
 #     X            width of q and k: d, or F where the features are given
 #     segment      tokens between two states that are summed up beforehand; N segments a sequence
 #     part         tokens of one program of the two gradient kernels
-#     P            how dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16, in
-#                  which S and phi / den would overflow. Sums are fp32 always
+#     P            how dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16 ones,
+#                  whose S and phi / den would overflow in fp16. Sums are fp32 always
 #     state        (B, H, D + 1, F): S^T, and z as one more row, S^T's for a value that is always 1
 #     S            in a kernel always S^T, [D, F]: so S += v^T phi(k) needs no transposed phi
 
@@ -242,8 +243,8 @@ def states_kernel(x, u, w, inv_den, delta, state, chunk_states, sums, x_strides,
                   T, H, segment, BACKWARD: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
                   X: tl.constexpr, LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """S and z along one segment, from x = k and u = v; BACKWARD, dS and dz from x = q and u = dy.
-    Stores the state at every chunk, or what the segment adds in `sums`,
-    in slot 1 + the number of segments on this side of it, or both."""
+    Stores the state at every chunk, or what the segment adds, in sums[1 + n], BACKWARD sums[N - n],
+    or both."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     x, u = head(x, x_strides, bh, H), head(u, u_strides, bh, H)
     W = load_map(w, bh, H, LEARNED, X)                                      # [d, d]
@@ -393,7 +394,8 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
             and causal and key_mask is None and (v.size(2) > 1 or not torch.is_grad_enabled())
             and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max
-            and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X))
+            and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X)
+            and (v.dtype != torch.float16 or q.dtype == v.dtype))       # exp's features overflow
 
 
 @torch.compiler.assume_constant_result
@@ -444,8 +446,9 @@ def segment_length(B, H, T):
     return max(SEGMENT, -(-T // (64 * N)) * 64)
 
 
-# Two functions that launch the kernels, each an operator: torch.compile and autograd see it as one
-# step. An optional tensor is None on the way in and has no elements on the way out.
+# `forward` and `backward` launch the kernels for fused_attention, below. Each is an operator, one
+# step for torch.compile and autograd. A tensor that does not exist is None among the inputs and has
+# no elements among the outputs.
 Tensor, Maybe = torch.Tensor, torch.Tensor | None
 
 

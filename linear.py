@@ -11,17 +11,17 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
     S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
     z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
 
-There are four forms of this one function. `naive_linear_attention` is the definition, T x T, and
-what every other form is tested against. `chunked_linear_attention` takes O(T) time and memory: the
-state sums up all earlier chunks. `recurrent_step` takes one token at a time, in generation.
-kernel.py has the chunked form and the step as Triton kernels.
+`naive_linear_attention` is the definition, T x T, and what every other form is tested against.
+`chunked_linear_attention` takes O(T) time and memory: the state sums up all earlier chunks.
+`recurrent_step` takes one token at a time, in generation, `recurrent_linear_attention` a sequence
+so. kernel.py has the chunked form and the step as Triton kernels.
 """
 
 import torch
 from torch.nn.functional import pad
 
 # Added to the denominator, so that a query that matches no key gets 0 and not 0/0 (ReLU features
-# can all be zero). It is far below any sum of features, which cancels in the ratio.
+# can all be zero). It is too small to change any other ratio.
 EPS = 1e-30
 
 
@@ -38,7 +38,8 @@ def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
         A = A.tril(A.size(-1) - A.size(-2))
     if key_mask is not None:
         A = A * key_mask[:, None, None, :]
-    return A / (A.sum(-1, keepdim=True) + EPS)
+    total = A.sum(-1, keepdim=True, dtype=torch.promote_types(A.dtype, torch.float32))
+    return (A / (total + EPS)).to(A.dtype)                  # in fp16 EPS would be 0
 
 
 def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):

@@ -409,7 +409,7 @@ def glue(folder, encode, block_size):
         if not whole or not {row[label] for row in whole} <= set(labels):
             raise ValueError(f"{folder / name} has no examples, or labels that train.tsv has not")
         splits[split] = [(np.array((encode("\n".join(row[i] for i in texts)) or [0])[:block_size],
-                                   np.uint16), labels.index(row[label])) for row in whole]
+                                   np.uint32), labels.index(row[label])) for row in whole]
     return splits, figure
 
 
@@ -442,7 +442,9 @@ class Responses:
 
     def read(self, path):
         pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 x = json.loads(line)
                 prompt, response = ((x["prompt"], x["response"]) if "prompt" in x else (
@@ -451,7 +453,7 @@ class Responses:
                 raise ValueError(f"{path}, line {number}: no JSON with prompt and response, or "
                                  "dialogue and summary")
             eos = [self.model_tokenizer.eos_token_id]
-            prompt = self.model_tokenizer(prompt)["input_ids"]
+            prompt = self.model_tokenizer(prompt)["input_ids"] or eos
             answer = self.model_tokenizer(response, add_special_tokens=False)["input_ids"] + eos
             room = self.block_size - min(len(answer), self.block_size // 2)
             pairs.append((prompt[-room:], answer[:self.block_size // 2], response))
@@ -483,6 +485,7 @@ class Responses:
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError:
+            print("no ROUGE: pip install rouge-score")
             return {}
         tokenizer, scores = self.model_tokenizer, []
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)

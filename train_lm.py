@@ -361,13 +361,13 @@ def train(o, data):
         raw_model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
-            group["weight_decay"] = decay                   # the checkpoint's came with its moments
+            group["weight_decay"] = decay                   # load_state_dict put the old ones there
         progress |= state["progress"]
         if progress["evaluated"] >= steps and (out / "result.json").exists():
             raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
         if steps < progress["step"]:
             raise ValueError(f"--steps {steps}: {out} is at step {progress['step']} already")
-        if rank() == 0:                                     # the random numbers saved are its
+        if rank() == 0:                                     # which saved its random state alone
             torch.set_rng_state(state["rng"])
             if o.device.startswith("cuda") and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"])
@@ -380,6 +380,8 @@ def train(o, data):
         write_whole(log, lambda f: f.write("".join(kept).encode()))
         for old in (out / "result.json", *out.glob("*.part-*")):    # parts of a killed run
             old.unlink(missing_ok=True)
+        if not o.resume:                                    # what --overwrite replaces
+            (out / "checkpoint.pt").unlink(missing_ok=True)
         print_header(o, data, raw_model, steps)
 
     def save():
@@ -399,7 +401,7 @@ def train(o, data):
             valid = evaluate(raw_model, data, "valid", o, interrupted)
             if valid is not None:
                 loss, n = sum_over_processes(o, sum(progress["losses"]), len(progress["losses"]))
-                loss = loss * world() / n if n else None    # of no step since distill.py's
+                loss = loss * world() / n if n else None    # None: resumed before the first step
                 line = {"step": step, "tokens": step * tokens, "train_loss": loss,
                         "valid": valid, "seconds": round(progress["seconds"], 1)}
                 progress |= {"valid": valid, "evaluated": step, "losses": []}

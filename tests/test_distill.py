@@ -215,6 +215,12 @@ def test_only_maps_move_and_the_loss_falls():
         assert p.grad is None or "feature_map" in name
 
 
+def test_stage_1_beside_maps_that_cannot_learn():
+    model = student(teacher(), "hedgehog,elu")
+    losses = run_distill(model, distill_steps=30)
+    assert losses[-1] < losses[0]
+
+
 def test_stage_1_has_no_weight_decay():
     """A parameter with a gradient of 0 stays as it is."""
     class Idle(Hedgehog):
@@ -347,6 +353,20 @@ def test_listops_rules():
                for (a, x), (b, y) in zip(splits["train"], again["train"]))
 
 
+def test_listops_models_have_the_options(here, monkeypatch):
+    configs, real = [], distill.GPT
+    monkeypatch.setattr(distill, "model_with", lambda config, teacher, seed=0: (
+        configs.append(config), real(config))[1])
+    monkeypatch.setattr(distill, "row", lambda name, *rest: {"name": name, "accuracy": 0.0, "kl": 0.0,
+                                                             "entropy_softmax": 0.0, "entropy": 0.0,
+                                                             "monotonicity": 0.0})
+    monkeypatch.setattr(distill, "train", lambda name, model, *rest: configs.append(model.config))
+    result("--task listops --listops-examples 40 --listops-low 5 --listops-high 30 --out lm "
+           "--n-embd 32 --distill-steps 1 --feature-dim 24 --position rotary --dropout 0.1")
+    assert {(c.position, c.dropout) for c in configs} == {("rotary", 0.1)}
+    assert configs[-1].feature_dim == 24 and configs[-1].attention == "hedgehog"    # from scratch
+
+
 def test_a_quarter_of_listops_arguments_are_expressions():
     operators = arguments = 0
     for ids, _ in listops(3, 400, {"train": 400})["train"]:
@@ -368,6 +388,12 @@ def write_tsv(folder, train, dev):
     Path(folder).mkdir(exist_ok=True)
     Path(folder, "train.tsv").write_text(train)
     Path(folder, "dev.tsv").write_text(dev)
+
+
+def test_glue_of_a_large_vocabulary(tmp_path):
+    write_tsv(tmp_path, "s\t0\t\tx\ns\t1\t\ty\n", "s\t0\t\tx\n")
+    splits, _ = glue(tmp_path, lambda text: [119_547], 8)
+    assert splits["valid"][0][0].tolist() == [119_547]
 
 
 def test_glue_layouts(tmp_path, capsys):
@@ -697,7 +723,7 @@ def test_glue_from_a_language_model(here):
     ("--task none --teacher softmax", "no examples"),
     ("--data text.txt --teacher gone/softmax --out gone --overwrite", "overwrite its own teacher"),
     ("--task listops --out gone2", "gone2 holds a run already"),
-    ("--data recall", "no recall"), ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
+    ("--data recall", "recall is for train_lm.py"), ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
     ("--analyze softmax --task listops", "--task"), ("--distill-lr nan", "--distill-lr"),
 ])
 def test_one_clear_line_and_exit_code_2(here, args, words):

@@ -214,6 +214,7 @@ def test_attention_by_layer():
     assert kinds == ["LinearAttention", "SoftmaxAttention"] * 2 + ["LinearAttention"]
     assert config("elu,cosformer", position="rotary").max_length == 64
     assert config("elu,softmax", position="rotary").max_length is None
+    assert config("elu,softmax", n_layer=1).attentions == ["elu"]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -389,6 +390,16 @@ def test_activations_made_again_give_the_same_gradients(attention):
         gpt.zero_grad()
         gpt.recompute_activations()
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_half_precision():
+    q, k = (x.half() for x in qk(30.0))
+    for name in ("exp", "hedgehog_exp", "relu"):
+        phi_q, phi_k = FEATURE_MAPS[name](config(name)).half()(q, k, torch.arange(T))
+        weights = linear_attention_weights(phi_q, phi_k)
+        assert phi_k.isfinite().all() and weights.isfinite().all(), name
+    none = linear_attention_weights(0 * phi_q, phi_k)
+    assert not none.any()                                   # and not 0/0
 
 
 def test_softmax_generates_in_memory_reserved_once():

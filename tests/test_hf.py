@@ -365,6 +365,31 @@ def test_responses(stock, capsys):
     assert again == row
 
 
+def test_lines_of_responses(stock):
+    """Only a newline ends a line, empty ones are skipped, an empty prompt is the end token."""
+    stock("gpt2")
+    lines = [json.dumps(x, ensure_ascii=False) for x in (
+        {"prompt": "a\u2028b", "response": "c\x85"}, {"prompt": "", "response": "d"})]
+    Path("d.jsonl").write_text("\n\n".join(lines * 10) + "\n", encoding="utf-8")
+    task = tasks.Responses("d.jsonl", hf.load("gpt2").tokenizer, 64)
+    assert [pair[2] for pair in task.splits["train"][:2]] == ["c\x85", "d"]
+    x, y, mask = task.batch("train", [0, 1])
+    assert x[1, 0] == 0 and y[1, 0] >= 0 and mask[1].sum() == 2
+
+
+def test_bert_is_told_which_sentence_a_token_is_of(stock):
+    _, theirs = stock("bert")
+    model = load("bert")
+    model.tokenizer.sep_token = "<eos>"                     # token 0
+    idx = torch.tensor([[5, 6, 0, 7, 8, 9, 0], [5, 0, 7, 0, 1, 1, 1]])
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    types = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]])
+    exact = theirs(input_ids=idx, attention_mask=mask, token_type_ids=types).logits
+    assert torch.allclose(logits(model, idx, mask), exact, atol=1e-5)
+    other = theirs(input_ids=idx, attention_mask=mask).logits
+    assert not torch.allclose(exact, other, atol=1e-4)
+
+
 def test_a_compiled_model_is_one_graph(stock):
     stock("llama")
     model, (idx, mask) = load("llama").convert("hedgehog"), batch("llama")

@@ -402,6 +402,16 @@ def test_ctrl_c_anywhere_changes_nothing(monkeypatch, name, call):
     assert log("o") == log("whole") and r["test"] == whole["test"]
 
 
+def test_overwritten_is_gone_even_if_the_new_run_is_killed(monkeypatch):
+    """Otherwise --resume would go on with the old one."""
+    result(TINY)
+    with monkeypatch.context() as m:
+        m.setattr(train_lm, "take_step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(TINY, "--overwrite --seed 1")
+    assert "no checkpoint" in failure("--out o --resume")
+
+
 def test_an_interrupted_evaluation_ends_after_a_batch(monkeypatch):
     o, batches = options(micro_batch=4), []
     data = tasks.load_data(o)
