@@ -249,7 +249,8 @@ def evaluate(model, task, split, o, interrupted=()):
     model.eval()
     loss, right, n = 0.0, 0, 0
     mine = range(rank(), task.num_examples(split), world())
-    size = max(1, min(o.micro_batch, 2**13 // getattr(task, "block_size", 1)))      # for the logits
+    # The logits of 8,192 tokens are enough to hold at once.
+    size = max(1, min(o.micro_batch, 2**13 // getattr(task, "block_size", 1)))
     for i in tqdm(range(0, len(mine), size), desc=split, leave=False, disable=rank() > 0):
         x, y, *mask = to_device(task.batch(split, mine[i:i + size]), o.device)
         with autocast(o):

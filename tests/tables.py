@@ -30,10 +30,10 @@ HEADLINE = [
      {"data": "enwiki-88m"}, "0.025; 11.8 %"),
     ("from scratch, 0.9M on Python's source, 8,400 steps (CPU), perplexity per byte", "scratch",
      "perplexity", {"data": "stdlib-3.11.7", "steps": "8,400"}, "-"),
-    ("the 124M model converted, softmax finetuned alike (H200), perplexity per token", "conversions", "stage 2",
-     {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %"),
-    ("0.9M converted, softmax finetuned alike (CPU), perplexity per byte", "conversions", "stage 2",
-     {"data": "stdlib-3.11.7", "date": "2026-11-27"}, "-")]
+    ("the 124M model converted, softmax finetuned alike (H200), perplexity per token",
+     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %"),
+    ("0.9M converted, softmax finetuned alike (CPU), perplexity per byte", "conversions",
+     "stage 2", {"data": "stdlib-3.11.7", "date": "2026-11-27"}, "-")]
 
 
 def results(path=ROOT / "figures" / "results.jsonl"):

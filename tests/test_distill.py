@@ -357,9 +357,8 @@ def test_listops_models_have_the_options(here, monkeypatch):
     configs, real = [], distill.GPT
     monkeypatch.setattr(distill, "model_with", lambda config, teacher, seed=0: (
         configs.append(config), real(config))[1])
-    monkeypatch.setattr(distill, "row", lambda name, *rest: {"name": name, "accuracy": 0.0, "kl": 0.0,
-                                                             "entropy_softmax": 0.0, "entropy": 0.0,
-                                                             "monotonicity": 0.0})
+    figures = dict.fromkeys("accuracy kl entropy_softmax entropy monotonicity".split(), 0.0)
+    monkeypatch.setattr(distill, "row", lambda name, *rest: {"name": name, **figures})
     monkeypatch.setattr(distill, "train", lambda name, model, *rest: configs.append(model.config))
     result("--task listops --listops-examples 40 --listops-low 5 --listops-high 30 --out lm "
            "--n-embd 32 --distill-steps 1 --feature-dim 24 --position rotary --dropout 0.1")
@@ -723,7 +722,8 @@ def test_glue_from_a_language_model(here):
     ("--task none --teacher softmax", "no examples"),
     ("--data text.txt --teacher gone/softmax --out gone --overwrite", "overwrite its own teacher"),
     ("--task listops --out gone2", "gone2 holds a run already"),
-    ("--data recall", "recall is for train_lm.py"), ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
+    ("--data recall", "recall is for train_lm.py"),
+    ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
     ("--analyze softmax --task listops", "--task"), ("--distill-lr nan", "--distill-lr"),
 ])
 def test_one_clear_line_and_exit_code_2(here, args, words):
