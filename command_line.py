@@ -80,6 +80,10 @@ def one_line_errors(program, run):
         message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except (ValueError, argparse.ArgumentError) as e:
         message = str(e)
+    except RuntimeError as e:                               # what a lost connection raises
+        if not dist.is_initialized() or not ("gloo" in str(e) or isinstance(e, dist.DistError)):
+            raise
+        message = "another process of this run has ended; --resume goes on from its checkpoint"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -642,6 +642,22 @@ def test_two_processes_give_the_losses_of_one(args):
         assert a["valid"] == pytest.approx(b["valid"], rel=1e-5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_when_one_process_of_two_is_killed_the_other_ends_in_one_line():
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                            train_lm.__file__, *f"{LONG} --steps 100000".split(), "--out", "o"],
+                           env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
+                           stdout=subprocess.DEVNULL, text=True)
+    while not Path("o/checkpoint.pt").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    err = run.communicate(timeout=60)[1]
+    assert "another process of this run has ended" in err or "SIGTERM" in err
+    assert err.count("Traceback") <= 1 and "train_lm.py\", line" not in err     # torchrun's own
+
+
 @pytest.mark.parametrize("args", ["", RECALL])
 def test_accumulation_gives_the_losses_of_one_batch(few_recall, args):
     for size in "234":
