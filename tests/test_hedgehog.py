@@ -362,6 +362,19 @@ def test_the_loss_in_chunks_and_its_gradients(chunk):
         assert torch.allclose(ours, theirs)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_loss_in_chunks_compiles_into_the_models_graph(frozen):
+    gpt, idx = model(vocab_size=1030), torch.randint(0, 1030, (2, 2, 64))
+    gpt.wte.weight.requires_grad_(not frozen)               # frozen: as with adapters
+    compiled, gradients = torch.compile(gpt, backend="aot_eager", fullgraph=True), []
+    for forward in (gpt, compiled):
+        forward(*idx)[1].backward()
+        gradients.append([p.grad.clone() for p in gpt.parameters() if p.requires_grad])
+        gpt.zero_grad()
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients))
+    torch.compiler.reset()
+
+
 def test_the_loss_when_no_target_counts():
     x, w = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     loss = linear_cross_entropy(x, w, torch.tensor([-1, -1]), 5)
