@@ -2,6 +2,7 @@
 small that small inputs cross their edges, and compiled on a GPU if there is one."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,36 @@ def test_the_dispatcher(monkeypatch):
             y_t, cache = mix(*now, None, True, mask[:, :t + 1], cache)
             steps.append(y_t)
         assert error(torch.cat(steps, 2), masked) < 1e-5 and not launched
+
+
+@pytest.mark.parametrize("takes, shared, dtype, T, d, D, learned, features, grad", [
+    (True, "LARGE", "bfloat16", 8, 128, 128, True, None, True),
+    (True, "SMALL", "bfloat16", 8, 64, 64, True, None, True),
+    (False, "SMALL", "bfloat16", 8, 128, 128, True, None, True),    # the tile does not fit
+    (True, "LARGE", "float32", 8, 64, 64, True, None, True),
+    (False, "LARGE", "float32", 8, 128, 64, True, None, True),
+    (False, 0, "bfloat16", 8, 64, 64, True, None, True),            # a card without bf16
+    (False, "LARGE", "float64", 8, 64, 64, True, None, True),
+    (False, "LARGE", "bfloat16", 8, 48, 64, True, None, True),      # no power of two
+    (False, "LARGE", "bfloat16", 1, 64, 64, True, None, True),      # a step has no gradient
+    (True, "LARGE", "bfloat16", 1, 64, 64, True, None, False),
+    (True, "LARGE", "bfloat16", 8, 256, 64, False, "float32", True),
+    (True, "LARGE", "float16", 8, 128, 64, False, "float16", True),
+    (False, "LARGE", "float16", 8, 128, 64, False, "float32", True)])   # would overflow
+def test_what_the_kernels_take(takes, shared, dtype, T, d, D, learned, features, grad, monkeypatch):
+    """On a GPU, whose part an object plays that says of itself what a tensor there would."""
+    def tensor(width, dtype):
+        size = (2, 3, T, width)
+        return SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype),
+                               size=lambda i=None: size if i is None else size[i])
+
+    monkeypatch.setattr(kernel, "shared_memory", lambda: getattr(kernel, str(shared), shared))
+    q, v, w = tensor(d, features or dtype), tensor(D, dtype), torch.empty(3, d, d)
+    with torch.set_grad_enabled(grad):
+        arguments = q, v, w if learned else None
+        assert kernel.kernels_take(*arguments) == takes
+        assert not kernel.kernels_take(*arguments, causal=False)
+        assert not kernel.kernels_take(*arguments, key_mask=torch.ones(2, T))
 
 
 @interpreted
