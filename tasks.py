@@ -456,7 +456,9 @@ class Responses:
             prompt = self.model_tokenizer(prompt)["input_ids"] or eos
             answer = self.model_tokenizer(response, add_special_tokens=False)["input_ids"] + eos
             room = self.block_size - min(len(answer), self.block_size // 2)
-            pairs.append((prompt[-room:], answer[:self.block_size // 2], response))
+            bos = [x for x in prompt[:1] if x == self.model_tokenizer.bos_token_id]
+            prompt = bos + prompt[len(bos) + max(0, len(prompt) - room):]   # its end, if too long
+            pairs.append((prompt, answer[:self.block_size // 2], response))
         return pairs
 
     def num_examples(self, split):

@@ -41,8 +41,10 @@ def contenders(with_fla):
     if with_fla:
         from fla.ops.linear_attn import chunk_linear_attn
 
-        def fla(q, k, v, w_q, w_k):     # (B, T, H, ..) there; its first call tunes for minutes
-            q, k = (hedgehog_features(x, w).transpose(1, 2) for x, w in ((q, w_q), (k, w_k)))
+        features = torch.compile(hedgehog_features)
+
+        def fla(q, k, v, w_q, w_k):     # (B, T, H, ..) there; its first calls tune for minutes
+            q, k = (features(x, w).transpose(1, 2) for x, w in ((q, w_q), (k, w_k)))
             return chunk_linear_attn(q, k, v.transpose(1, 2), normalize=True)[0].transpose(1, 2)
 
         functions["fla"] = fla

@@ -1,6 +1,7 @@
 """The tables of README.md and figures/README.md, made from the raw results in results.jsonl.
 
     python tests/tables.py      rewrites what is between <!-- table KIND DATA --> and <!-- end -->
+    python tests/tables.py --plot figures/curve.png     draws how the gap falls with training
 
 A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the
 last line that bench_generation.py or bench_training.py prints. KIND is a key of TABLES below. DATA,
@@ -14,26 +15,29 @@ finetuned from the same teacher in as many steps; if it did not, "-" is printed.
 import json
 import math
 import re
+import sys
 import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init"     # they are part of a row's name
+OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init", "--lr"     # parts of a row's name
 STAGES = ("softmax, the teacher", "swapped", "stage 1", "stage 2", "softmax, finetuned",
           "from scratch")
 # What is compared, the table, column and rows to take it from, and the paper's gap: perplexities
 # of 20.8 for 18.6 and of 16.7 for 15.8, and about 4.5 bytes a token.
 HEADLINE = [
     ("associative recall, % right", "scratch", "% right", {"data": "recall"}, "-"),
-    ("from scratch, 124M on enwiki-88m (H200), perplexity per token", "scratch", "perplexity",
-     {"data": "enwiki-88m"}, "0.025; 11.8 %"),
-    ("from scratch, 0.9M on Python's source, 8,400 steps (CPU), perplexity per byte", "scratch",
-     "perplexity", {"data": "stdlib-3.11.7", "steps": "8,400"}, "-"),
+    ("from scratch, 124M on Wikipedia, 176 M tokens (H200), perplexity per token", "scratch",
+     "perplexity", {"data": "enwiki-88m"}, "0.025; 11.8 %"),
+    ("from scratch, 5M on Wikipedia, 448 M bytes (H200), perplexity per byte", "scratch",
+     "perplexity", {"data": "enwiki-bytes", "steps": "13,672"}, "-"),
+    ("SmolLM2-135M converted, softmax finetuned alike (H100), perplexity per token", "checkpoint",
+     "stage 2", {"steps": "2000 + 4,000"}, "0.012; 5.7 %"),
     ("the 124M model converted, softmax finetuned alike (H200), perplexity per token",
-     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %"),
-    ("0.9M converted, softmax finetuned alike (CPU), perplexity per byte", "conversions",
-     "stage 2", {"data": "stdlib-3.11.7", "date": "2026-11-27"}, "-")]
+     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %")]
+# Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
+SMOLLM2_BYTES = 1436165 / 323336
 
 
 def results(path=ROOT / "figures" / "results.jsonl"):
@@ -48,39 +52,55 @@ def number(digits, *values):
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def gap(loss, softmax_loss, data, lines):
-    """The cells of a gap between two losses in nats per token; any of them may be missing."""
+def bytes_per_token(data, lines):
+    """Any model that was trained on the data tells. None if there is none, or no bytes."""
+    for r in lines:
+        if r["data"] == data and "bits_per_byte" in r.get("valid", {}):
+            return r["valid"]["loss"] / (r["valid"]["bits_per_byte"] * math.log(2))
+
+
+def gap(loss, softmax_loss, token_bytes):
+    """The cells of a gap between two losses in nats per token; any of the three may be missing."""
     nats = per_cent = None
-    # Any model that was trained on the same data tells how many bytes a token has.
-    trained = [r["valid"] for r in lines
-               if r["data"] == data and "bits_per_byte" in r.get("valid", {})]
-    if None not in (loss, softmax_loss) and trained:
-        token_bytes = trained[0]["loss"] / (trained[0]["bits_per_byte"] * math.log(2))
+    if None not in (loss, softmax_loss, token_bytes):
         nats = (loss - softmax_loss) / token_bytes
         if token_bytes > 1.01:                  # it is 1 where the tokens are bytes
             per_cent = 100 * math.expm1(loss - softmax_loss)
     return {"nats per byte above softmax": number(3, nats), "% per token": number(1, per_cent)}
 
 
-def scratch(chosen, lines):
-    """A row for each model that was trained; of runs with the same seed the last one counts."""
+def trained(chosen):
+    """The runs from scratch of each model, one a seed (of several the last), by what they share:
+    data, steps, heads, positions, the map with its options."""
     found = {}
     for r in chosen:
-        options = [o for o in re.split(r" (?=--)", r["command"]) if o.startswith(OPTIONS)]
-        key = r["data"], r["steps"], r["config"]["position"], " ".join([r["attention"], *options])
+        options = {o.split()[0]: o for o in re.split(r" (?=--)", r["command"])
+                   if o.startswith(OPTIONS)}
+        key = (r["data"], r["steps"], r["config"]["n_head"], r["config"]["position"],
+               " ".join([r["attention"], *options.values()]))
         found.setdefault(key, {})[r["seed"]] = r
-    loss = {key: mean(r["valid"]["loss"] for r in found[key].values()) for key in found}
+    return {key: list(runs.values()) for key, runs in found.items()}
+
+
+def scratch(chosen, lines):
+    """A row for each model that was trained."""
+    found = trained(chosen)
+    loss = {key: mean(r["valid"]["loss"] for r in runs) for key, runs in found.items()}
     rows = []
     for key in sorted(found, key=lambda key: (*key[:2], loss[key])):
-        data, steps, position, attention = key
-        runs = list(found[key].values())
+        data, steps, heads, position, attention = key
+        runs, softmax = found[key], loss.get((*key[:4], "softmax"))
         rows.append({
-            "map": attention, "data": data, "positions": position, "steps": f"{steps:,}",
-            "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M", "seeds": str(len(runs)),
+            "map": attention, "data": data, "positions": position, "heads": str(heads),
+            "steps": f"{steps:,}", "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
+            "seeds": str(len(runs)),
             "% right": number(1, *(100 * r["valid"]["accuracy"] for r in runs)),
+            "steps until half are right": ", ".join(
+                f"{r['half_right_at']:,}" if r["half_right_at"] else "never"
+                for r in runs if "half_right_at" in r) or "-",
             "perplexity": number(2, *(r["valid"].get("perplexity") for r in runs)),
             "of the test": number(2, *(r["test"].get("perplexity") for r in runs)),
-            **gap(loss[key], loss.get((*key[:3], "softmax")), data, lines)})
+            **gap(loss[key], softmax, bytes_per_token(data, lines))})
     return rows
 
 
@@ -103,7 +123,7 @@ def conversions(chosen, lines):
                 "map": "".join([model, *extra]), "data": r["data"], "date": r["date"],
                 "steps": f"{first}{options['steps']:,}",
                 **{stage: number(2, found[stage].get(r["figure"])) for stage in STAGES},
-                **gap(*(x and math.log(x) for x in ends), r["data"], lines),
+                **gap(*(x and math.log(x) for x in ends), bytes_per_token(r["data"], lines)),
                 **{key: ", ".join(number(digits, found[stage].get(key.lower())) for stage in stages)
                    for key, digits, stages in (("KL", 3, STAGES[1:4]), ("entropy", 2, STAGES[:4]),
                                                ("monotonicity", 2, STAGES[1:4]))}}
@@ -112,11 +132,38 @@ def conversions(chosen, lines):
         row["data"], float(row["softmax, the teacher"]), float(row["stage 2"])))
 
 
+def checkpoint(chosen, lines):
+    """A row for each conversion of SmolLM2, beside the best softmax that a run of its own finetuned
+    in as many steps, with as large adapters."""
+    softmax, rows = {}, []
+    for r in chosen:
+        if r["options"]["attention"] == "softmax":
+            alike = r["options"]["steps"], r["options"]["lora"]
+            softmax[alike] = min(softmax.get(alike, math.inf), r["rows"][-1]["perplexity"])
+    for r in chosen:
+        o, own = r["options"], {row["name"].split(", ")[1]: row for row in r["rows"]}
+        if o["attention"] != "softmax":
+            best = softmax.get((o["steps"], o["lora"]))
+            extra = [f" --{key.replace('_', '-')} {o[key]}" for key in ("feature_dim", "lora")
+                     if o[key]]
+            rows.append({
+                "map": "".join([o["attention"], *extra]),
+                "steps": f"{o['distill_steps']} + {o['steps']:,}", "rate": f"{o['lr']:g}",
+                **{stage: number(2, own[stage]["perplexity"]) for stage in STAGES[1:4]},
+                "softmax, finetuned": number(2, best),
+                **gap(math.log(own["stage 2"]["perplexity"]), best and math.log(best),
+                      SMOLLM2_BYTES),
+                "KL": ", ".join(number(2, own[stage]["kl"]) for stage in STAGES[1:4]),
+                "entropy": ", ".join(number(2, own[stage]["entropy"]) for stage in STAGES[1:4])})
+    return sorted(rows, key=lambda row: float(row["stage 2"]))
+
+
 def training(chosen, lines):
-    """A row for each context: tokens a second and the peak of memory of each model."""
+    """A row for each context and card: tokens a second and the peak of memory of each model."""
     rows = {}
-    for x in (x for r in chosen for x in r["training"]):
-        row = rows.setdefault(x["context"], {"context": f"{x['context']:,}"})
+    for r, x in ((r, x) for r in chosen for x in r["training"]):
+        row = rows.setdefault((x["context"], r["device"]), {
+            "context": f"{x['context']:,}", "card": r["device"].split()[1]})
         row |= {f"{x['model']}, tokens/s": f"{x['tokens_per_second']:,}",
                 f"{x['model']}, GiB": f"{x['peak_memory_gib']:.1f}"}
     return [rows[key] for key in sorted(rows)]
@@ -144,7 +191,7 @@ def headline(chosen, lines):
         hedgehog = table["hedgehog"]
         softmax = table.get("softmax", {column: hedgehog.get("softmax, finetuned")})
         rows.append({"": what, "softmax": softmax[column], "Hedgehog": hedgehog[column],
-                     **{key: hedgehog[key] for key in gap(None, None, None, [])},
+                     **{key: hedgehog[key] for key in gap(None, None, None)},
                      "the paper's gap": paper})
     return rows
 
@@ -155,6 +202,8 @@ TABLES = {
     "scratch": (scratch, lambda r: "valid" in r and r["steps"] >= 100),
     "training": (training, lambda r: "training" in r),
     "generation": (generation, lambda r: "generation" in r),
+    "checkpoint": (checkpoint, lambda r: "rows" in r and "gguf" in r["command"]
+                   and "samsum" not in r["command"]),
     "conversions": (conversions, lambda r: "rows" in r and "gguf" not in r["command"]
                     and r["options"].get("attention") != "softmax")}
 
@@ -187,6 +236,36 @@ def rewrite(text, lines):
     return re.sub(r"<!-- table (\w+)(.*?) -->.*?<!-- end -->", table, text, flags=re.S)
 
 
+def plot_curve(lines, path):
+    """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions;
+    the last is probably right for the paper, and its tokens are words or parts of them."""
+    import matplotlib.pyplot as plt
+
+    found = trained([r for r in lines if TABLES["scratch"][1](r)])
+    curves = {}
+    for key, runs in sorted(found.items()):
+        softmax, r = found.get((*key[:4], "softmax")), runs[0]
+        token_bytes = bytes_per_token(key[0], lines)
+        if key[4] == "hedgehog" and softmax and token_bytes and "by-file" not in key[0]:
+            nats = (mean(x["valid"]["loss"] for x in runs)
+                    - mean(x["valid"]["loss"] for x in softmax)) / token_bytes
+            name = (f"{softmax[0]['parameters'] / 1e6:.0f}M, {key[0]}, {key[3]} positions, "
+                    f"{key[2]} heads")
+            curves.setdefault(name, []).append((r["tokens"] / softmax[0]["parameters"], nats))
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, points in curves.items():
+        axis.loglog(*zip(*points), "o-", label=name)
+    axis.loglog(95, math.log(20.8 / 18.6) / 4.5, "k*", label="the paper, 125M, WikiText-103")
+    axis.set(xlabel="tokens (or bytes) seen per parameter", ylabel="nats per byte above softmax")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"wrote {path}")
+
+
 if __name__ == "__main__":
-    for path in (ROOT / "README.md", ROOT / "figures" / "README.md"):
-        path.write_text(rewrite(path.read_text(), results()))
+    if sys.argv[1:2] == ["--plot"]:
+        plot_curve(results(), sys.argv[2])
+    else:
+        for path in (ROOT / "README.md", ROOT / "figures" / "README.md"):
+            path.write_text(rewrite(path.read_text(), results()))

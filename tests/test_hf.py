@@ -377,6 +377,27 @@ def test_lines_of_responses(stock):
     assert x[1, 0] == 0 and y[1, 0] >= 0 and mask[1].sum() == 2
 
 
+@pytest.mark.parametrize("bos", [None, 1])
+def test_a_long_prompt_keeps_its_end(tmp_path, bos):
+    """And the token that starts a text, where the model has one (Llama)."""
+    class Words:
+        bos_token_id, eos_token_id = bos, 2
+
+        def __len__(self):
+            return 100
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = [int(word) for word in text.split()]
+            return {"input_ids": [bos] * (add_special_tokens and bos is not None) + ids}
+
+    path, line = tmp_path / "d.jsonl", {"prompt": " ".join(map(str, range(50, 70))), "response": "9"}
+    path.write_text("\n".join([json.dumps(line)] * 20))
+    prompt, answer, _ = tasks.Responses(path, Words(), 8).splits["train"][0]
+    assert prompt == ([64, 65, 66, 67, 68, 69] if bos is None else [1, 65, 66, 67, 68, 69])
+    assert answer == [9, 2]
+    assert len(tasks.Responses(path, Words(), 64).splits["train"][0][0]) == 20 + (bos is not None)
+
+
 def test_bert_is_told_which_sentence_a_token_is_of(stock):
     _, theirs = stock("bert")
     model = load("bert")
