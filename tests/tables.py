@@ -33,7 +33,7 @@ HEADLINE = [
     ("from scratch, 5M on Wikipedia, 448 M bytes (H200), perplexity per byte", "scratch",
      "perplexity", {"data": "enwiki-bytes", "steps": "13,672"}, "-"),
     ("SmolLM2-135M converted, softmax finetuned alike (H100), perplexity per token", "checkpoint",
-     "stage 2", {"steps": "2000 + 4,000"}, "0.012; 5.7 %"),
+     "stage 2", {"steps": "2,000 + 4,000"}, "0.012; 5.7 %"),
     ("the 124M model converted, softmax finetuned alike (H200), perplexity per token",
      "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
@@ -148,7 +148,7 @@ def checkpoint(chosen, lines):
                      if o[key]]
             rows.append({
                 "map": "".join([o["attention"], *extra]),
-                "steps": f"{o['distill_steps']} + {o['steps']:,}", "rate": f"{o['lr']:g}",
+                "steps": f"{o['distill_steps']:,} + {o['steps']:,}", "rate": f"{o['lr']:g}",
                 **{stage: number(2, own[stage]["perplexity"]) for stage in STAGES[1:4]},
                 "softmax, finetuned": number(2, best),
                 **gap(math.log(own["stage 2"]["perplexity"]), best and math.log(best),
@@ -237,8 +237,8 @@ def rewrite(text, lines):
 
 
 def plot_curve(lines, path):
-    """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions;
-    the last is probably right for the paper, and its tokens are words or parts of them."""
+    """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions.
+    Heads are 64 wide. How many tokens the paper's model saw is a guess."""
     import matplotlib.pyplot as plt
 
     found = trained([r for r in lines if TABLES["scratch"][1](r)])
@@ -246,19 +246,19 @@ def plot_curve(lines, path):
     for key, runs in sorted(found.items()):
         softmax, r = found.get((*key[:4], "softmax")), runs[0]
         token_bytes = bytes_per_token(key[0], lines)
-        if key[4] == "hedgehog" and softmax and token_bytes and "by-file" not in key[0]:
+        if (key[4] == "hedgehog" and softmax and token_bytes and "by-file" not in key[0]
+                and r["config"]["n_embd"] == 64 * key[2]):
             nats = (mean(x["valid"]["loss"] for x in runs)
                     - mean(x["valid"]["loss"] for x in softmax)) / token_bytes
-            name = (f"{softmax[0]['parameters'] / 1e6:.0f}M, {key[0]}, {key[3]} positions, "
-                    f"{key[2]} heads")
+            name = f"{softmax[0]['parameters'] / 1e6:.1f}M, {key[0]}, {key[3]} positions"
             curves.setdefault(name, []).append((r["tokens"] / softmax[0]["parameters"], nats))
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, points in curves.items():
         axis.loglog(*zip(*points), "o-", label=name)
-    axis.loglog(95, math.log(20.8 / 18.6) / 4.5, "k*", label="the paper, 125M, WikiText-103")
+    axis.loglog(95, math.log(20.8 / 18.6) / 4.5, "k*", label="the paper, 125M, WikiText-103 (probably)")
     axis.set(xlabel="tokens (or bytes) seen per parameter", ylabel="nats per byte above softmax")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"wrote {path}")
 
