@@ -21,6 +21,7 @@ import pytest
 import tiktoken
 import torch
 
+import gap
 import tasks
 import train_lm
 from gpt import GPT
@@ -203,6 +204,24 @@ def test_meta_json_that_does_not_fit(meta, words):
         meta = dict(tokenizer="x", vocab_size=300) | meta
     Path("d/meta.json").write_text(json.dumps(meta))
     assert words in failure(command) and not Path("p").exists()
+
+
+def test_where_the_gap_between_two_runs_sits(monkeypatch, capsys):
+    x = np.random.default_rng(0).integers(0, 3, (2, 40))
+    for row, lengths in zip(x, gap.repeated(x)):
+        for i, n in enumerate(lengths):
+            assert n == max((k for j in range(i) for k in range(1, j + 2)
+                             if (row[j - k + 1:j + 1] == row[i - k + 1:i + 1]).all()), default=0)
+    loss = [result(SHAPE, f"--steps 6 --attention {name} --out {name}")["valid"]["loss"]
+            for name in ("softmax", "hedgehog")]
+    monkeypatch.setattr(sys, "argv", ["gap.py", "softmax", "hedgehog"])
+    gap.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["softmax"], line["other"]] == pytest.approx(loss, rel=1e-5)
+    for groups in line["gap"].values():
+        for key, total in (("softmax", loss[0]), ("other", loss[1])):
+            assert sum(g["tokens"] * g[key] for g in groups) == pytest.approx(total, rel=1e-3)
+        assert sum(g["share_of_gap"] for g in groups) == pytest.approx(1, abs=1e-3)
 
 
 def test_stdlib():
