@@ -29,7 +29,9 @@ def parse(options, presets, preset_for, inherit, description, argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(options):
         name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        text = meta["help"] + ("" if f.default in ("", None, False) else f" ({f.default})")
+        text = meta["help"]
+        if f.default not in ("", None) and f.type is not bool:
+            text += f" ({f.default})"
         if f.type is bool:
             p.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -47,7 +49,8 @@ def parse(options, presets, preset_for, inherit, description, argv=None):
     values = inherit({**presets[preset], "preset": preset}, given)
     for key in options.replaces.keys() & given.keys():
         if options.replaces[key].keys() & given.keys():
-            raise ValueError(f"--{key}: give this or {', '.join(options.replaces[key])}, not both")
+            raise ValueError(f"--{key} or --{', --'.join(options.replaces[key])}: give one of these, not both"
+                             .replace("_", "-"))
         values |= options.replaces[key]
     return options(**values | given)
 

@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -54,7 +55,8 @@ class Options(train_lm.Options):
     --lr are stage 2's; shape, data and batch size are the teacher's where there is one."""
     teacher: str = option("", "softmax run of train_lm.py on text, or a model of transformers by "
                           "name, folder or GGUF file (default: one is trained)")
-    teacher_steps: int = option(1300, "of a teacher that is trained; 0: by --epochs", 0)
+    teacher_steps: int = option(1300, "of a teacher that is trained; 0: as many as --epochs takes",
+                                0)
     teacher_lr: float = option(3e-3, "its learning rate", 0, 1e3)
     distill: bool = option(True, "stage 1")
     distill_steps: int = option(400, "of stage 1", 1)
@@ -193,7 +195,7 @@ def distill(model, mixes, task, o):
 
             with watching(layers, learn), torch.no_grad(), autocast(o):
                 run_layers(model, *batch)
-        set_rate(optimizer, step, o.distill_steps, o.distill_lr)
+        set_rate(optimizer, step, o.distill_steps, o.distill_lr, o.warmup)
         optimizer.step()            # gradients are not clipped: that would tie the layers together
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
@@ -212,7 +214,7 @@ def finetune(model, task, o, name, steps, lr, groups=None):
     forward = torch.compile(model) if o.compile else model
     bar = tqdm(range(steps), desc=name)
     for step in bar:
-        set_rate(optimizer, step, steps, lr)
+        set_rate(optimizer, step, steps, lr, o.warmup)
         losses.append(train_lm.take_step(forward, optimizer, task, step, o))
         show_loss(bar, losses, name, steps)
     return optimizer, torch.stack(losses).tolist()
@@ -229,9 +231,9 @@ def micro_batches(task, step, o):
         yield train_lm.to_device(batch, o.device), n / sum(tokens)
 
 
-def set_rate(optimizer, step, steps, lr):
+def set_rate(optimizer, step, steps, lr, warmup):
     for group in optimizer.param_groups:
-        group["lr"] = train_lm.learning_rate(step, steps, lr, warmup=0.02)
+        group["lr"] = train_lm.learning_rate(step, steps, lr, warmup)
 
 
 def show_loss(bar, losses, name, steps):
@@ -399,7 +401,7 @@ def convert(task, teacher, o):
 def print_table(rows, figure):
     print(f"{'':28}{figure:>12}{'KL':>9}{'entropy: softmax':>18}{'linear':>9}{'monotonicity':>14}")
     for r in rows:
-        linear = "-" if "softmax" in r["name"] else f"{r['entropy']:.3f}"
+        linear = "-" if r["kl"] == 0 else f"{r['entropy']:.3f}"     # it is softmax
         print(f"{r['name']:28}{r[figure]:12.2f}{r['kl']:9.3f}{r['entropy_softmax']:18.3f}"
               f"{linear:>9}{r['monotonicity']:14.3f}")
     for r in rows:
@@ -430,10 +432,12 @@ def load(run, o):
         return data, model, stage
 
     import hf                                               # needs transformers
+    torch.manual_seed(o.seed)                               # of a new head for the classes
     if o.task and Path(o.task, "train.tsv").exists():
         model = hf.load(run, "SequenceClassification", o.device)        # for its tokenizer; then
         if model.config.causal:                                         # with the task's classes
             raise ValueError(f"{run}: --task FOLDER with text is for encoders such as BERT")
+        model.check_length(o.block_size)
         task = glue_task(o, "", lambda text: model.tokenizer(
             *text.split("\n", 1), truncation=True, max_length=o.block_size)["input_ids"],
             replace(model.config, block_size=o.block_size))
@@ -445,6 +449,8 @@ def load(run, o):
         return task, hf.load(run, "ImageClassification", o.device, num_labels=task.classes,
                              ignore_mismatched_sizes=True), model.stage
     model = hf.load(run, "CausalLM", o.device)
+    if not model.config.causal:
+        raise ValueError(f"{run} sees the tokens that it should predict: an encoder is for --task")
     model.check_length(o.block_size)
     if o.data.endswith(".jsonl"):
         return Responses(o.data, model.tokenizer, o.block_size), model, model.stage
@@ -525,6 +531,11 @@ def run(argv):
         raise ValueError("--sample, --resume and torchrun are train_lm.py's, for OUT/stage2 say")
     if o.data == "recall":
         raise ValueError("--data recall is for train_lm.py: conversions are of text and --task")
+    if o.task and o.teacher_steps == 0:
+        raise ValueError("--task counts its teacher's training in --teacher-steps, above 0")
+    if o.task == "listops" and o.teacher or o.analyze and o.teacher:
+        raise ValueError("--task listops trains its own teacher, and --analyze RUN has none: leave "
+                         "--teacher out")
     if o.plot and not o.analyze or o.analyze and o.task:
         raise ValueError("--plot goes with --analyze, and that with text, not with --task")
     train_lm.start(o)
@@ -545,6 +556,8 @@ def run(argv):
             task, teacher = prepare(o)
             for name in ("log.jsonl", "result.json"):       # of an earlier run
                 (out / name).unlink(missing_ok=True)
+            for name in names[:4] if o.overwrite else []:
+                shutil.rmtree(out / name, ignore_errors=True)
             if o.task:
                 train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)
             rows = convert(task, teacher, o)
@@ -554,7 +567,8 @@ def run(argv):
                 "device": train_lm.device_name(o), "precision": o.precision, "options": vars(o)})
     except KeyboardInterrupt:
         print(f"stopped; {o.out} has what was finished; " + (
-            "--overwrite begins anew" if o.task else "the same command goes on, from its teacher"))
+            "--overwrite begins anew" if o.task else
+            "the same command goes on, from its teacher; not with --overwrite"))
         return 130
     print_table(rows, task.figure)
     print(line)

@@ -70,7 +70,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.recompute = config, False
         # GPT-2's odd 50,257 tokens are filled up to a multiple of 64 with tokens that never come,
-        # as the matrix units of a GPU ask for.
+        # as the matrix units of a GPU ask for. Small vocabularies are left: they cost little.
         rows = config.vocab_size + -config.vocab_size % (64 if config.vocab_size > 1024 else 1)
         self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = (nn.Embedding(config.block_size, config.n_embd)
@@ -197,7 +197,7 @@ class GPT(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
-                new = (logits / temperature).softmax(-1).multinomial(1)
+                new = (logits / max(temperature, 1e-6)).softmax(-1).multinomial(1)
             idx = torch.cat([idx, new], dim=1)
         self.train(training)
         return idx

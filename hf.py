@@ -248,6 +248,8 @@ class HuggingFace(nn.Module):
                 folder.rename(old)
             part.rename(folder)
         finally:
+            if old.exists() and not folder.exists():        # between the two renames
+                old.rename(folder)
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -300,9 +302,8 @@ def encoding(tokenizer):
     """The tokenizer as tasks.tokenise wants one."""
     return SimpleNamespace(
         name=Path(tokenizer.name_or_path or "tokenizer").name, n_vocab=len(tokenizer),
-        encode_ordinary_batch=lambda lines: tokenizer(lines, add_special_tokens=False)["input_ids"],
-        encode_ordinary=lambda text: tokenizer(text)["input_ids"],
-        decode=tokenizer.decode)
+        fingerprint=sorted(tokenizer.get_vocab().items()),
+        encode_ordinary_batch=lambda lines: tokenizer(lines, add_special_tokens=False)["input_ids"])
 
 
 # --- GPT-2 as the project's own GPT ---------------------------------------------------------------
@@ -330,8 +331,9 @@ def own_gpt(name):
     """GPT.from_pretrained (gpt.py)."""
     model = load(name)
     c = model.hf.config
-    if c.model_type != "gpt2" or c.activation_function != "gelu_new":
-        raise ValueError(f"{name} is a {c.model_type}, not a GPT-2")
+    if (c.model_type != "gpt2" or c.activation_function != "gelu_new"
+            or c.n_inner not in (None, 4 * c.n_embd)):
+        raise ValueError(f"{name} is a {c.model_type}, but not one with GPT-2's MLP")
     own = GPT(GPTConfig(vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer,
                         n_head=c.n_head, n_embd=c.n_embd, attention=model.config.attention,
                         feature_dim=model.config.feature_dim))
@@ -344,8 +346,8 @@ def own_gpt(name):
 def export(own, folder):
     """GPT.export (gpt.py)."""
     c = own.config
-    if c.position != "learned" or c.num_classes:
-        raise ValueError("only a language model with learned positions is a GPT-2")
+    if c.position != "learned" or c.num_classes or not c.causal:
+        raise ValueError("only a causal language model with learned positions is a GPT-2")
     model = HuggingFace(transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, bos_token_id=None, eos_token_id=None)))

@@ -122,7 +122,8 @@ def features(x, W, scale, LEARNED: tl.constexpr, P: tl.constexpr):
 def map_gradient(x, W, phi, dphi, LEARNED: tl.constexpr, P: tl.constexpr):
     """From the gradient of a chunk's phi(x) to that of x, and what it adds to dW."""
     if LEARNED:
-        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_i x_i^T dh_i
+        # p = softmax(h), m = softmax(-h), h = x W:    dx = dh W^T,    dW = sum_i x_i^T dh_i,
+        # dh = p (dp - sum_f p dp) - m (dm - sum_f m dm)
         sign = 1 - 2 * tl.arange(0, 2)[None, :, None]                       # [1, 2, 1]: 1, -1
         phi = tl.reshape(phi.to(tl.float32), (x.shape[0], 2, x.shape[1]))   # [C, 2, d]
         dphi = tl.reshape(dphi, (x.shape[0], 2, x.shape[1]))                # [C, 2, d]
@@ -229,10 +230,6 @@ def step_kernel(q, k, v, w_q, w_k, y, S, z, S_after, z_after, q_strides, k_strid
 # where tokens of other chunks come through states: sum_j E_ij phi(k_j) over all earlier chunks is
 # S dy_i - delta_i z, the two sums over all later ones are dS v_j + dz and dS^T phi(k_j). dS and dz
 # are a state that runs backwards in time, from r_i, dy_i and -delta_i instead of phi(k_j), v_j, 1.
-# Through the map, with p = softmax(h) and m = softmax(-h) where h = x W:
-#
-#     dh = p (dp - sum_f p dp) - m (dm - sum_f m dm),    dx = dh W^T,    dW = sum_i x_i^T dh_i
-#
 # Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
 # sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
 # of each other. Two kernels, not one: dq and dk, dv together need more registers than there are.
@@ -390,7 +387,7 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
     X, D, shared = q.size(-1), v.size(-1), shared_memory()
     large = v.dtype == torch.bfloat16 and shared >= LARGE
     F_max, D_max = (256, 128) if large else (128, 64)
-    return (v.is_cuda and hasattr(triton, "compile") and shared >= SMALL
+    return (v.is_cuda and hasattr(triton, "compile") and shared >= SMALL and v.numel() > 0
             and causal and key_mask is None and (v.size(2) > 1 or not torch.is_grad_enabled())
             and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import pad
 
 # Added to the denominator, so that a query that matches no key gets 0 and not 0/0 (ReLU features
-# can all be zero). It is too small to change any other ratio.
+# can all be zero). It makes weights smaller only where products of features are as small.
 EPS = 1e-30
 
 

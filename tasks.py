@@ -8,7 +8,7 @@ A task has
     metrics(split, loss, accuracy)  what one reports of a mean loss in nats, as a dict
     figure                          the name of the metric to judge a model by
 
-with the splits "train", "valid" and perhaps "test". `load_data` makes the one that --data names.
+with the splits "train", "valid" and perhaps "test". `load_data` makes those of text and recall.
 """
 
 import contextlib
@@ -112,9 +112,15 @@ def read_text(o):
     if o.data == "wikitext103":
         path = wikitext103(Path(o.data_dir))
     name = path.resolve().name
+    if path.suffix == ".jsonl":
+        raise ValueError(f"--data {path}: prompts and responses are for distill.py --teacher and a "
+                         "model of Hugging Face")
     if path.is_file():                                      # 90, 5 and 5 %, cut at line ends
         text = path.read_bytes()
         places = [len(text) * part // 20 for part in (18, 19)]
+        for i in range(2):
+            while text[places[i]:places[i] + 1] and 0x80 <= text[places[i]] < 0xC0:
+                places[i] += 1                              # not inside a character of UTF-8
         a, b = (text.find(b"\n", place) + 1 for place in places)
         a, b = (a, b) if 0 < a < b < len(text) else places
         return name, {"train": text[:a], "valid": text[a:b], "test": text[b:]}, "bytes"
@@ -172,7 +178,8 @@ def tokenise(name, raw, tokenizer, o, encoding=None):
     if tokenizer == "bytes":
         splits = {split: np.frombuffer(text, np.uint8) for split, text in raw.items()}
         return Text(name, "bytes", 256, splits, counts, o.block_size)
-    digest = hashlib.sha256(repr([tokenizer, *((s, hashlib.sha256(text).digest())
+    which = getattr(encoding, "fingerprint", tokenizer)     # names are not unique
+    digest = hashlib.sha256(repr([which, *((s, hashlib.sha256(text).digest())
                                                for s, text in raw.items())]).encode()).hexdigest()
     cache = Path(o.data_dir) / "tokens" / f"{name}-{digest[:12]}"
     if not (cache / "meta.json").exists():                  # which is written last
@@ -232,7 +239,7 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as e:                    # torch.save's is a RuntimeError
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): make room or choose "
-                      "another --out; what was there before is untouched")
+                      "another folder; what was there before is untouched")
 
 
 # --- associative recall ---------------------------------------------------------------------------
@@ -427,6 +434,8 @@ class Responses:
 
     def __init__(self, path, tokenizer, block_size):
         self.name, self.tokenizer, self.model_tokenizer = Path(path).stem, "", tokenizer
+        if block_size < 2:
+            raise ValueError("--block-size 1 has no room for a prompt and a response")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"--data {path}: the model's tokenizer has no token to end a response")
         self.block_size, self.vocab_size = block_size, len(tokenizer)

@@ -67,8 +67,8 @@ class Options:
     block_size: int = option(128, "training context in tokens", 1)
     dropout: float = option(0.0, "on embeddings and block outputs", 0, 1)
     # the training
-    steps: int = option(1300, "optimizer steps; 0: by --epochs", 0)
-    epochs: float = option(0.0, "passes over the data, if there are no --steps", 0, 1e6)
+    steps: int = option(1300, "optimizer steps; 0: as many as --epochs takes", 0)
+    epochs: float = option(0.0, "passes over the data, instead of --steps", 0, 1e6)
     batch_size: int = option(8, "sequences of one step, over all GPUs", 1)
     micro_batch: int = option(16, "sequences at once on a GPU: less memory, the same step", 1)
     lr: float = option(3e-3, "peak learning rate; the last is a tenth of it", 0, 1e3)
@@ -102,6 +102,7 @@ class Options:
         self.precision = self.precision or ("bf16" if bf16 else "fp32")
         self.compile = cuda if self.compile is None else self.compile
         self.out = self.out or f"out/{Path(self.data).resolve().name}-{self.attention}"
+        GPTConfig(attention=self.attention)                 # a misspelt name is an error now
 
 
 PRESETS = {
@@ -127,12 +128,15 @@ def resumed(values, given):
     """With --resume the checkpoint's options, of which only some may be given anew."""
     if not given.get("resume"):
         return values
-    saved = load_checkpoint(Options(**values | given).out)["options"]
+    o = Options(**values | given)
+    saved = load_checkpoint(o.out)["options"]
     for key in given.keys() - CHANGEABLE:
         if given[key] != saved[key]:
             raise ValueError(f"--{key.replace('_', '-')} {given[key]}: the run to --resume has "
                              f"{saved[key]}, which cannot change; another --out starts anew")
-    return {key: saved[key] for key in saved if key not in ("device", "precision", "compile")}
+    moved = o.device.split(":")[0] != saved["device"].split(":")[0]     # to a GPU, or from one
+    return {key: saved[key] for key in saved
+            if key != "device" and not (moved and key in ("precision", "compile"))}
 
 
 # Dense bf16 products a second by name of the card, from the makers' data sheets.
@@ -165,6 +169,8 @@ def start(o):
         torch.zeros(1, device=o.device).tolist()
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {o.device}: {str(e).splitlines()[0]}")
+    if ":" in o.device:                                     # cuda:1 is where all else looks, too
+        torch.cuda.set_device(o.device)
     if o.precision == "bf16":                               # what autocast leaves in fp32 uses tf32
         torch.set_float32_matmul_precision("high")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
@@ -303,7 +309,7 @@ def save_checkpoint(o, model, data, optimizer, progress):
 
 
 def identity(data):
-    """What makes two datasets the same one: name, tokenizer and contents."""
+    """What makes two datasets the same one: name, tokenizer and the contents of arrays."""
     return [data.name, data.tokenizer, sum(zlib.crc32(x) if isinstance(x, np.ndarray) else len(x)
                                            for x in data.splits.values())]
 

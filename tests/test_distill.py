@@ -642,7 +642,9 @@ def test_trains_its_own_teacher(tiny_preset):
     Path("own/result.json").unlink()
     code, _, err = run(args, "--seed 1")                    # the teacher there is another one
     assert code == 2 and "own/teacher was trained with seed 0" in err
+    Path("own/stage1/of the run before").write_text("")
     result(args, "--overwrite --seed 1")
+    assert not Path("own/stage1/of the run before").exists()
     assert Path("own/teacher/checkpoint.pt").read_bytes() != first
 
 
@@ -714,6 +716,12 @@ def test_glue_from_a_language_model(here):
     ("--task nothing --teacher softmax", "nothing"),
     ("--task bad --teacher softmax", "no columns"),
     ("--task bad", "give --teacher"),
+    ("--task listops --epochs 1", "--teacher-steps"),
+    ("--task listops --teacher softmax", "leave --teacher out"),
+    ("--analyze softmax --teacher elu", "leave --teacher out"),
+    ("--epochs 1 --teacher-steps 3 --data text.txt", "--epochs or --teacher-steps"),
+    ("--attention hedhegog --data nowhere", "'hedhegog' is not one of"),
+    ("--data d.jsonl --teacher softmax", "prompts and responses"),
     ("--plot f", "--analyze"),
     ("--attention linear --data text.txt --teacher softmax", "'linear' is not one of"),
     ("--analyze softmax --block-size 64", "more than the 32"),

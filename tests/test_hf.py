@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -196,6 +197,22 @@ def test_a_failed_save_leaves_the_old_one(stock, monkeypatch):
     assert [p.name for p in Path(".").iterdir() if p.name.startswith("kept")] == ["kept"]
 
 
+def test_a_save_that_is_interrupted_last_leaves_the_old_one(stock, monkeypatch):
+    stock("llama")
+    model, rename = load("llama").convert("hedgehog"), Path.rename
+    model.save("kept")
+
+    def interrupted(self, target):
+        if ".part" in self.name:
+            raise KeyboardInterrupt
+        rename(self, target)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save("kept")
+    assert load("llama", "kept").config.attention == "hedgehog"
+    assert [p.name for p in Path(".").iterdir() if p.name.startswith("kept")] == ["kept"]
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("attention", ["hedgehog", "softmax,hedgehog"])
 def test_generate(stock, family, attention):
@@ -315,6 +332,31 @@ def test_gpt2_is_our_gpt_and_back(stock, attention):
     assert torch.allclose(own(idx)[0], logits(theirs, idx, None), atol=1e-5)
     own.export("back")
     assert torch.equal(logits(load("gpt2", "back"), idx, None), logits(theirs, idx, None))
+    own.config.causal = False
+    with pytest.raises(ValueError, match="causal"):
+        own.export("encoder")
+    wide = FAMILIES["gpt2"][1]()
+    wide.n_inner = 40
+    transformers.GPT2LMHeadModel(wide).save_pretrained("wide")
+    tokenizer("wide")
+    with pytest.raises(ValueError, match="MLP"):
+        GPT.from_pretrained("wide")
+
+
+def test_tokens_of_two_tokenizers_of_one_name_are_not_mixed_up(stock):
+    """They are kept in the data folder for the next time."""
+    stock("gpt2")
+    Path("text.txt").write_text("some words\n" * 100)
+    o, found = SimpleNamespace(data="text.txt", data_dir="data", tokenizer="", block_size=8), []
+    for shift in (0, 1):
+        t = hf.load("gpt2").tokenizer
+        vocab = {token: (i + shift) % 257 for token, i in t.get_vocab().items()}
+        t.get_vocab = lambda vocab=vocab: vocab
+        encoding = hf.encoding(t)
+        encoding.encode_ordinary_batch = lambda lines: [[vocab[c] for c in "some"] * 4
+                                                        for _ in lines]
+        found.append(tasks.load_data(o, encoding).splits["train"][:4].tolist())
+    assert [x + 1 for x in found[0]] == found[1]
 
 
 def run(capsys, *args):
@@ -461,6 +503,8 @@ def test_one_clear_line(stock, capsys, monkeypatch):
         ).save_pretrained("cross")
     tokenizer("cross")
     Path("d.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 20)
+    Path("CoLA").mkdir()
+    Path("CoLA/train.tsv").write_text("s\t1\t\tgood\n" * 20)
     load("llama").hf.save_pretrained("endless")
     tokenizer("endless", bos_token="<eos>")
     for args, words in (
@@ -472,6 +516,9 @@ def test_one_clear_line(stock, capsys, monkeypatch):
             ("--teacher llama --data empty.jsonl", "too few examples"),
             ("--teacher llama --data bad.jsonl", "line 1"),
             ("--teacher wrong.gguf --data bad.jsonl", "wrong.gguf is not"),
+            ("--teacher bert --data d.jsonl", "an encoder is for --task"),
+            ("--teacher bert --task CoLA --block-size 65", "positions up to 64"),
+            ("--teacher llama --data d.jsonl --block-size 1", "no room"),
             ("--teacher llama --data empty.jsonl --block-size 65", "positions up to 64")):
         code, _, err = run(capsys, "--block-size", 16, *args.split())
         assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err, (args, err)

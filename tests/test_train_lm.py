@@ -154,6 +154,12 @@ def test_splits_of_a_file(text, sizes):
         assert [len(x) for x in splits] == sizes
 
 
+def test_a_file_is_not_cut_inside_a_character(small_bpe):
+    for extra in range(3):                                  # three bytes a character
+        Path("long.txt").write_text("a" * extra + "\u20ac" * 400)
+        assert result(TINY, "--data long.txt --tokenizer gpt2 --overwrite")
+
+
 @pytest.mark.parametrize("pattern", ["wiki.{}.raw", "wiki.{}.tokens", "{}.txt"])
 def test_folder_of_text(small_bpe, pattern):
     Path("d").mkdir()
@@ -486,6 +492,16 @@ def test_resumed_options():
     assert [line["step"] for line in log("o")] == [2, 4, 6, 8, 9]
     Path("text.txt").write_text(LINES.replace("line", "row"))   # another text of the same name
     assert "is not the text" in failure("--out o --resume --steps 12")
+
+
+def test_a_resumed_run_computes_as_before():
+    """In its precision, unless it moves to another kind of device."""
+    result(TINY, "--precision bf16")
+    values, given = dict(preset="tiny"), dict(resume=True, out="o")
+    assert train_lm.resumed(values, given)["precision"] == "bf16"
+    assert "precision" not in train_lm.resumed(values, given | dict(device="cuda"))
+    result("--resume --out o --steps 8")
+    assert train_lm.load_checkpoint("o")["options"]["precision"] == "bf16"
 
 
 def test_a_resumed_run_has_the_weight_decay_given():

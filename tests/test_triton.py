@@ -221,6 +221,7 @@ def test_the_dispatcher(monkeypatch):
     (False, "LARGE", "bfloat16", 8, 48, 64, True, None, True),      # no power of two
     (False, "LARGE", "bfloat16", 1, 64, 64, True, None, True),      # a step has no gradient
     (True, "LARGE", "bfloat16", 1, 64, 64, True, None, False),
+    (False, "LARGE", "bfloat16", 0, 64, 64, True, None, False),     # nothing to launch
     (True, "LARGE", "bfloat16", 8, 256, 64, False, "float32", True),
     (True, "LARGE", "float16", 8, 128, 64, False, "float16", True),
     (False, "LARGE", "float16", 8, 128, 64, False, "float32", True)])   # would overflow
@@ -228,7 +229,7 @@ def test_what_the_kernels_take(takes, shared, dtype, T, d, D, learned, features,
     """On a GPU, whose part an object plays that says of itself what a tensor there would."""
     def tensor(width, dtype):
         size = (2, 3, T, width)
-        return SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype),
+        return SimpleNamespace(is_cuda=True, dtype=getattr(torch, dtype), numel=lambda: 6 * T * width,
                                size=lambda i=None: size if i is None else size[i])
 
     monkeypatch.setattr(kernel, "shared_memory", lambda: getattr(kernel, str(shared), shared))
