@@ -49,8 +49,8 @@ def parse(options, presets, preset_for, inherit, description, argv=None):
     values = inherit({**presets[preset], "preset": preset}, given)
     for key in options.replaces.keys() & given.keys():
         if options.replaces[key].keys() & given.keys():
-            raise ValueError(f"--{key} or --{', --'.join(options.replaces[key])}: give one of these, not both"
-                             .replace("_", "-"))
+            names = " or ".join(f"--{name}" for name in (key, *options.replaces[key]))
+            raise ValueError(f"{names.replace('_', '-')}: give one of these, not both")
         values |= options.replaces[key]
     return options(**values | given)
 
