@@ -303,7 +303,8 @@ def encoding(tokenizer):
     return SimpleNamespace(
         name=Path(tokenizer.name_or_path or "tokenizer").name, n_vocab=len(tokenizer),
         fingerprint=sorted(tokenizer.get_vocab().items()),
-        encode_ordinary_batch=lambda lines: tokenizer(lines, add_special_tokens=False)["input_ids"])
+        encode_ordinary_batch=lambda texts: tokenizer(  # verbose: no, they are not too long
+            texts, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 # --- GPT-2 as the project's own GPT ---------------------------------------------------------------

@@ -187,18 +187,28 @@ def tokenise(name, raw, tokenizer, o, encoding=None):
         dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
         for split, text in raw.items():
             try:
-                lines = text.decode().splitlines(keepends=True)
+                pieces = list(pieces_of(text.decode()))
             except UnicodeDecodeError as e:
                 raise ValueError(f"{name}, {split}: byte {e.start:,} is not UTF-8; --tokenizer "
                                  "bytes takes any text")
             ids = [np.zeros(0, dtype)]
-            for i in tqdm(range(0, len(lines), 4096), desc=f"tokenise {split}"):
-                for line in encoding.encode_ordinary_batch(lines[i:i + 4096]):
-                    ids.append(np.array(line, dtype))
+            for i in tqdm(range(0, len(pieces), 64), desc=f"tokenise {split}"):
+                for piece in encoding.encode_ordinary_batch(pieces[i:i + 64]):
+                    ids.append(np.array(piece, dtype))
             write_whole(cache / f"{split}.bin", lambda f: f.write(np.concatenate(ids).tobytes()))
         meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype, **counts}
         write_whole(cache / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
     return load_bins(cache, name, o)
+
+
+def pieces_of(text, size=2**17):
+    """The text in pieces of some `size` characters that end with a line: long, because a tokenizer
+    may treat the start of what it gets, or several line ends, in a way of their own."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def load_bins(folder, name, o):

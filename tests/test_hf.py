@@ -353,8 +353,8 @@ def test_tokens_of_two_tokenizers_of_one_name_are_not_mixed_up(stock):
         vocab = {token: (i + shift) % 257 for token, i in t.get_vocab().items()}
         t.get_vocab = lambda vocab=vocab: vocab
         encoding = hf.encoding(t)
-        encoding.encode_ordinary_batch = lambda lines: [[vocab[c] for c in "some"] * 4
-                                                        for _ in lines]
+        encoding.encode_ordinary_batch = lambda texts: [[vocab[c] for c in "some"] * 20
+                                                        for _ in texts]
         found.append(tasks.load_data(o, encoding).splits["train"][:4].tolist())
     assert [x + 1 for x in found[0]] == found[1]
 

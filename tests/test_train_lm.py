@@ -15,6 +15,7 @@ import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +153,23 @@ def test_splits_of_a_file(text, sizes):
                    for x, share in zip(splits, (0.9, 0.05, 0.05)))
     else:
         assert [len(x) for x in splits] == sizes
+
+
+def test_text_is_tokenised_in_long_pieces():
+    """A tokenizer that marks the start of what it gets, as Llama's does, marks it once."""
+    text = "a line\n\n" * 1000 + "no end"
+    pieces = list(tasks.pieces_of(text, 1000))
+    assert "".join(pieces) == text and len(pieces) == 8
+    assert all(piece.endswith("\n") and len(piece) < 1010 for piece in pieces[:-1])
+    assert list(tasks.pieces_of("")) == []
+    texts = []
+
+    def encode(pieces):
+        texts.extend(pieces)
+        return [[1] * len(piece) for piece in pieces]
+    encoding = SimpleNamespace(name="marking", n_vocab=2, encode_ordinary_batch=encode)
+    tasks.load_data(options(), encoding)
+    assert "".join(texts) == LINES and len(texts) == 3      # one of each split
 
 
 def test_a_file_is_not_cut_inside_a_character(small_bpe):
