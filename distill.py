@@ -112,6 +112,13 @@ def preset_for(given):
 def from_teacher(values, given):
     """The teacher's (or the analysed run's) options for what has to fit to it."""
     run = given.get("teacher") or given.get("analyze")
+    own = {"n_layer", "n_head", "n_embd", "position", "dropout"} if run else set()
+    if run and not given.get("task"):
+        own |= {"epochs", "teacher_steps", "teacher_lr"}
+    if given.get("task"):
+        own |= {"data"}
+    for key in sorted(own & given.keys()):
+        raise ValueError(f"--{key.replace('_', '-')}: {given.get('task') or run} has its own")
     if not run or not is_run(run):
         return values
     state = train_lm.load_checkpoint(run)

@@ -701,7 +701,8 @@ def test_listops(here):
 def test_glue_from_a_language_model(here):
     lines = "".join(f"s\t{i % 2}\t\t{'good' if i % 2 else 'bad'} {i}\n" for i in range(40))
     write_tsv("CoLA", lines, lines)
-    rows = result(SHORT, "--task CoLA --out gl --teacher-steps 40 --teacher-lr 3e-3")["rows"]
+    rows = result(SHORT.replace("--data text.txt", ""),
+                  "--task CoLA --out gl --teacher-steps 40 --teacher-lr 3e-3")["rows"]
     assert rows[0]["matthews"] == pytest.approx(100)        # the two words tell the classes apart
     code, _, err = run("--sample x --out gl/stage2", main=train_lm.main)
     assert code == 2 and "classifier" in err
@@ -717,6 +718,9 @@ def test_glue_from_a_language_model(here):
     ("--task bad --teacher softmax", "no columns"),
     ("--task bad", "give --teacher"),
     ("--task listops --epochs 1", "--teacher-steps"),
+    ("--task listops --data text.txt", "--data: listops has its own"),
+    ("--teacher softmax --data text.txt --n-layer 1", "--n-layer: softmax has its own"),
+    ("--teacher softmax --data text.txt --epochs 1", "--epochs: softmax has its own"),
     ("--task listops --teacher softmax", "leave --teacher out"),
     ("--analyze softmax --teacher elu", "leave --teacher out"),
     ("--epochs 1 --teacher-steps 3 --data text.txt", "--epochs or --teacher-steps"),
