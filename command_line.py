@@ -47,7 +47,7 @@ def parse(options, presets, preset_for, inherit, description, argv=None):
         raise ValueError(f"unrecognized arguments: {' '.join(unknown or ['--preset', preset])} "
                          "(see --help)")
     values = inherit({**presets[preset], "preset": preset}, given)
-    for key in options.replaces.keys() & given.keys():
+    for key in [key for key in options.replaces if key in given]:
         if options.replaces[key].keys() & given.keys():
             names = " or ".join(f"--{name}" for name in (key, *options.replaces[key]))
             raise ValueError(f"{names.replace('_', '-')}: give one of these, not both")
