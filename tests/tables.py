@@ -79,7 +79,7 @@ def trained(chosen):
         key = (r["data"], r["steps"], r["config"]["n_head"], r["config"]["position"],
                " ".join([r["attention"], *options.values()]))
         found.setdefault(key, {})[r["seed"]] = r
-    return {key: list(runs.values()) for key, runs in found.items()}
+    return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
 
 
 def scratch(chosen, lines):
