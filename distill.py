@@ -117,8 +117,9 @@ def from_teacher(values, given):
         own |= {"epochs", "teacher_steps", "teacher_lr"}
     if given.get("task"):
         own |= {"data"}
-    for key in sorted(own & given.keys()):
-        raise ValueError(f"--{key.replace('_', '-')}: {given.get('task') or run} has its own")
+    if own & given.keys():
+        key = min(own & given.keys()).replace("_", "-")
+        raise ValueError(f"--{key}: {given.get('task') or run} has its own")
     if not run or not is_run(run):
         return values
     state = train_lm.load_checkpoint(run)
@@ -540,7 +541,7 @@ def run(argv):
         raise ValueError("--data recall is for train_lm.py: conversions are of text and --task")
     if o.task and o.teacher_steps == 0:
         raise ValueError("--task counts its teacher's training in --teacher-steps, above 0")
-    if o.task == "listops" and o.teacher or o.analyze and o.teacher:
+    if o.teacher and (o.task == "listops" or o.analyze):
         raise ValueError("--task listops trains its own teacher, and --analyze RUN has none: leave "
                          "--teacher out")
     if o.plot and not o.analyze or o.analyze and o.task:
@@ -550,8 +551,8 @@ def run(argv):
         print(json.dumps(analyze(*load(o.analyze, o), o)))
         return 0
     out, begin = Path(o.out), time.perf_counter()
-    names = ["stage1", "stage2", "softmax", "scratch", *(["teacher"] if o.task else [])]
-    writes = {(out / name).resolve() for name in names}
+    stages = ["stage1", "stage2", "softmax", "scratch"]
+    writes = {(out / name).resolve() for name in stages + ["teacher"] * bool(o.task)}
     if o.teacher and {Path(o.teacher).resolve(), Path(o.teacher).resolve().parent} & writes:
         raise ValueError(f"--out {o.out} would overwrite its own teacher: give another one")
     old = out / ("teacher" if o.task else "result.json")
@@ -563,7 +564,7 @@ def run(argv):
             task, teacher = prepare(o)
             for name in ("log.jsonl", "result.json"):       # of an earlier run
                 (out / name).unlink(missing_ok=True)
-            for name in names[:4] if o.overwrite else []:
+            for name in stages if o.overwrite else []:      # which this run may not have
                 shutil.rmtree(out / name, ignore_errors=True)
             if o.task:
                 train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)

@@ -179,7 +179,7 @@ def tokenise(name, raw, tokenizer, o, encoding=None):
         splits = {split: np.frombuffer(text, np.uint8) for split, text in raw.items()}
         return Text(name, "bytes", 256, splits, counts, o.block_size)
     which = getattr(encoding, "fingerprint", tokenizer)     # names are not unique
-    digest = hashlib.sha256(repr([which, *((s, hashlib.sha256(text).digest())
+    digest = hashlib.sha256(repr([which, "pieces", *((s, hashlib.sha256(text).digest())
                                                for s, text in raw.items())]).encode()).hexdigest()
     cache = Path(o.data_dir) / "tokens" / f"{name}-{digest[:12]}"
     if not (cache / "meta.json").exists():                  # which is written last

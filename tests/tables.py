@@ -255,7 +255,8 @@ def plot_curve(lines, path):
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, points in curves.items():
         axis.semilogx(*zip(*points), "o-", label=name)
-    axis.semilogx(95, math.log(20.8 / 18.6) / 4.5, "k*", label="the paper, 125M, WikiText-103 (probably)")
+    axis.semilogx(95, math.log(20.8 / 18.6) / 4.5, "k*",
+                  label="the paper, 125M, WikiText-103 (probably)")
     axis.set(xlabel="tokens (or bytes) seen per parameter", ylabel="nats per byte above softmax")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

@@ -432,7 +432,8 @@ def test_a_long_prompt_keeps_its_end(tmp_path, bos):
             ids = [int(word) for word in text.split()]
             return {"input_ids": [bos] * (add_special_tokens and bos is not None) + ids}
 
-    path, line = tmp_path / "d.jsonl", {"prompt": " ".join(map(str, range(50, 70))), "response": "9"}
+    path = tmp_path / "d.jsonl"
+    line = {"prompt": " ".join(map(str, range(50, 70))), "response": "9"}
     path.write_text("\n".join([json.dumps(line)] * 20))
     prompt, answer, _ = tasks.Responses(path, Words(), 8).splits["train"][0]
     assert prompt == ([64, 65, 66, 67, 68, 69] if bos is None else [1, 65, 66, 67, 68, 69])
