@@ -207,10 +207,13 @@ class HuggingFace(nn.Module):
         return self.hf.base_model(**self.inputs(idx, key_mask))[0], []
 
     def forward(self, idx, targets=None, key_mask=None):
-        if targets is not None and self.training and self.config.causal:
-            x = self.hidden(idx, key_mask=key_mask)[0]
-            weight = self.hf.get_output_embeddings().weight
-            return None, linear_cross_entropy(x, weight, targets, len(weight))
+        """GPT.forward. With targets a causal model's padding has to be on the right."""
+        if targets is not None and self.config.causal:
+            key_mask = None             # no token sees what is on its right; kernels take no mask
+            if self.training:
+                weight = self.hf.get_output_embeddings().weight
+                return None, linear_cross_entropy(self.hidden(idx)[0], weight, targets,
+                                                  len(weight))
         logits = self.hf(**self.inputs(idx, key_mask)).logits
         if targets is None:
             return logits, None

@@ -42,10 +42,10 @@ def repeated(x):
 @torch.no_grad()
 def losses(model, xs, ys):
     """-log p of each target, (N, T), nan where there is none."""
-    rows, model = [], model.eval()
-    for x, y in zip(xs.split(8), ys.split(8)):
+    rows, model, device = [], model.eval(), next(model.parameters()).device
+    for x, y in zip(xs.to(device).split(8), ys.to(device).split(8)):
         log_p = model(x)[0].log_softmax(-1).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        rows.append(-log_p.masked_fill(y < 0, torch.nan))
+        rows.append(-log_p.masked_fill(y < 0, torch.nan).cpu())
     return torch.cat(rows).numpy()
 
 
@@ -67,9 +67,10 @@ def main():
     parser.add_argument("runs", nargs=2, help="softmax first")
     parser.add_argument("--data", default="", help="their text, if it has moved")
     parser.add_argument("--examples", type=int, default=400, help="contexts, evenly spaced")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", default="", metavar="PATH")
     args = parser.parse_args()
-    models, states = zip(*(train_lm.load_model(run, "cpu") for run in args.runs))
+    models, states = zip(*(train_lm.load_model(run, args.device) for run in args.runs))
     o = SimpleNamespace(**states[0]["options"])
     o.data = args.data or o.data
     task = tasks.load_data(o)
@@ -97,7 +98,7 @@ def main():
                   f"{g['other'] - g['softmax']:8.3f} {g['share_of_gap']:11.1%}")
     if args.plot:
         plot(found, args.plot)
-    print(json.dumps({"gap": found, "data": task.name, "device": "cpu", "date": str(date.today()),
+    print(json.dumps({"gap": found, "data": task.name, "device": args.device, "date": str(date.today()),
                       "torch": torch.__version__, "softmax": float(a[real].mean()),
                       "other": float(b[real].mean()), "seed": o.seed,
                       "command": shlex.join(["python", *sys.argv])}))

@@ -134,6 +134,22 @@ def test_the_training_loss_is_transformers_own(stock, family):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_is_made_without_the_mask_of_padding_on_the_right(stock, family, training):
+    stock(family)
+    idx, mask = batch(family)
+    targets, masks = idx.roll(-1, 1).masked_fill(~mask, -1), []
+    model = load(family).convert("hedgehog")
+    exact = torch.nn.functional.cross_entropy(logits(model, idx, mask)[mask], targets[mask])
+    for layer in model.attention_layers():
+        layer.mix.register_forward_pre_hook(lambda module, args: masks.append(args[5]))
+    for module in model.modules():
+        module.training = training and not isinstance(module, torch.nn.Dropout)
+    assert torch.allclose(model(idx, targets, mask)[1], exact, atol=1e-5)
+    assert masks == [None] * len(model.attention_layers())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_attention_with_softmaxs_weights_is_the_teacher(stock, family, monkeypatch):
     stock(family)
