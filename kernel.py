@@ -1,10 +1,9 @@
 """Causal linear attention as Triton kernels, with Hedgehog's feature map inside.
 
-`fused_attention` is chunked_linear_attention of linear.py, and for one token recurrent_step;
-symbols and shapes are those there but where it says otherwise. Hedgehog's features never reach
-memory: they are made from q, k and their matrices W where they are used. Other maps' features are
-taken as they are. `kernels_take` says which GPUs, types and sizes this is for. `python kernel.py`
-checks the kernels and times them.
+`fused_attention` is chunked_linear_attention of linear.py, and for one token recurrent_step, with
+the symbols and shapes there. Hedgehog's features never reach memory: they are made from q, k and W
+where they are used. Other maps' features are taken as they are. `kernels_take` says which GPUs,
+types and sizes this is for. `python kernel.py` checks the kernels and times them.
 """
 
 import os
@@ -30,19 +29,17 @@ except ImportError:     # then the kernels below can be read, but not run
 # Triton in five lines. A function under @triton.jit is compiled for the GPU. One called *_kernel is
 # started as a grid of programs: here tl.program_id(0) is one of the B H heads, tl.program_id(1) a
 # stretch of its tokens. Tensors arrive as a pointer to their first element and strides; tl.load
-# reads the tile of elements at a tile of addresses, where `mask` is True. What is tl.constexpr is
-# known when the kernel is compiled. tl.dot multiplies two tiles on the matrix units.
+# reads a tile at a tile of addresses. tl.constexpr is known when the kernel is compiled.
 #
-# A program goes through its tokens chunk by chunk. LEARNED says that the features are Hedgehog's,
-# computed inside from q, k and their matrices W; otherwise q and k are the features already. The
-# comment at the end of a line is the shape of the tile on it. Names beside those of linear.py:
+# A program goes through its tokens chunk by chunk. LEARNED says that the features are made inside;
+# otherwise q and k are features already. The comment at the end of a line is the shape of the tile
+# on it. Names beside those of linear.py:
 #
 #     T, C         tokens of the sequence, and of a chunk; i, j, rows: positions in them
 #     X            width of q and k: d, or F where the features are given
 #     segment      tokens between two states that are summed up beforehand; N segments a sequence
 #     part         tokens of one program of the two gradient kernels
-#     P            how dots multiply: "bf16" for bf16 inputs, "ieee" for fp32, "tf32" for fp16 ones,
-#                  whose S and phi / den would overflow in fp16. Sums are fp32 always
+#     P            how dots multiply: bf16, ieee for fp32, tf32 for fp16 as S would overflow there
 #     state        (B, H, D + 1, F): S^T, and z as one more row, S^T's for a value that is always 1
 #     S            in a kernel always S^T, [D, F]: so S += v^T phi(k) needs no transposed phi
 
@@ -240,8 +237,7 @@ def states_kernel(x, u, w, inv_den, delta, state, chunk_states, sums, x_strides,
                   T, H, segment, BACKWARD: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
                   X: tl.constexpr, LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """S and z along one segment, from x = k and u = v; BACKWARD, dS and dz from x = q and u = dy.
-    Stores the state at every chunk, or what the segment adds, in sums[1 + n], BACKWARD sums[N - n],
-    or both."""
+    Stores the state at every chunk, what the segment adds (in sums[1 + n] or [N - n]), or both."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     x, u = head(x, x_strides, bh, H), head(u, u_strides, bh, H)
     W = load_map(w, bh, H, LEARNED, X)                                      # [d, d]
@@ -268,8 +264,8 @@ def states_kernel(x, u, w, inv_den, delta, state, chunk_states, sums, x_strides,
         u_c = load(u, u_strides[2], rows, T, D)                             # [C, D]
         phi = operand(features(x_c, W, scale, LEARNED, P), P)               # [C, F]
 
-        # S += sum_j phi(k_j) v_j^T,  z += sum_j phi(k_j). z's weights must be the left operand: as
-        # a right one [C, 16], made inside the loop, they gave wrong numbers in Triton 3.6.
+        # z's weights must be the left operand: as a right one [C, 16], made inside the loop, they
+        # gave wrong numbers in Triton 3.6.
         S += dot(transposed(u_c, P), phi, P)                                # [D, F]
         z += dot(tl.where(first_row, weight[None, :], 0.0), phi, P)         # [16, F]
     if sums is not None:
@@ -380,11 +376,9 @@ SMALL, LARGE = 99 * 1024, 227 * 1024    # shared memory: a GeForce since Ampere;
 
 def kernels_take(q, v, w_q, causal=True, key_mask=None):
     """Whether fused_attention serves: the one condition by which kernels or PyTorch are chosen.
-
-    Tiles have sides that are powers of two, and the largest need a data-centre GPU since Hopper.
-    The kernel for one token has no gradient.
-    """
-    X, D, shared = q.size(-1), v.size(-1), shared_memory()
+    Tiles have sides that are powers of two; the largest need a data-centre GPU since Hopper. The
+    kernel for one token has no gradient."""
+    X, D, shared = q.size(-1), v.size(-1), gpu()[0]
     large = v.dtype == torch.bfloat16 and shared >= LARGE
     F_max, D_max = (256, 128) if large else (128, 64)
     return (v.is_cuda and hasattr(triton, "compile") and shared >= SMALL and v.numel() > 0
@@ -396,34 +390,25 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
 
 
 @torch.compiler.assume_constant_result
-def shared_memory():
-    """Bytes of it that a program can have on this GPU, 0 if that has no bf16; without one LARGE."""
+def gpu():
+    """Bytes of shared memory that a program can have, 0 on a GPU without bf16, and how many programs
+    run at once, two on each multiprocessor; an H100's where there is no GPU."""
     if not torch.cuda.is_available():
-        return LARGE
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return getattr(gpu, "shared_memory_per_block_optin", 0) if gpu.major >= 8 else 0
-
-
-@torch.compiler.assume_constant_result
-def programs():
-    """How many run at once: two on each multiprocessor, of which an H100 or H200 has 132."""
-    if not torch.cuda.is_available():
-        return 264
-    return 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        return LARGE, 264
+    card = torch.cuda.get_device_properties()
+    return (getattr(card, "shared_memory_per_block_optin", 0) if card.major >= 8 else 0,
+            2 * card.multi_processor_count)
 
 
 def constants(kernel, q, v, w_q):
-    """What is fixed when `kernel` is compiled for these tensors: sizes, precision, and the tile.
-
-    A tile is the chunk length, the warps (32 threads each) and the pipeline stages, rounds of the
-    loop whose loads are under way at once: the fastest on an H200, elsewhere what fits
-    (tests/test_targets.py).
-    """
+    """What is fixed when `kernel` is compiled for these tensors: sizes, precision, chunk length,
+    warps (32 threads each) and pipeline stages, rounds of the loop whose loads are under way at
+    once. The fastest on an H200, elsewhere what fits (tests/test_targets.py)."""
     X, D = q.size(-1), v.size(-1)
     F = X if w_q is None else 2 * X
     C, warps, stages = 64, 4, {forward_kernel: 2, states_kernel: 3}.get(kernel, 1)
     if v.dtype != torch.bfloat16:
-        C, warps, stages = (32, 8, 1) if shared_memory() >= LARGE else (16, 4, 1)
+        C, warps, stages = (32, 8, 1) if gpu()[0] >= LARGE else (16, 4, 1)
     elif F > 128 or D > 64:
         C, warps, stages = 64, 8, 1
     P = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(v.dtype, "ieee")
@@ -436,16 +421,15 @@ def constants(kernel, q, v, w_q):
 def segment_length(B, H, T):
     """The whole sequence where heads alone fill half of the GPU. Else as many segments as make one
     round of programs, or two if that left a tenth of it idle. A multiple of every C."""
-    heads, at_once = B * H, programs()
+    heads, at_once = B * H, gpu()[1]
     N = 1 if 2 * heads > at_once else at_once // heads
     if N > 1 and N * heads < 0.9 * at_once:
         N = 2 * at_once // heads
     return max(SEGMENT, -(-T // (64 * N)) * 64)
 
 
-# `forward` and `backward` launch the kernels for fused_attention, below. Each is an operator, one
-# step for torch.compile and autograd. A tensor that does not exist is None among the inputs and has
-# no elements among the outputs.
+# `forward` and `backward` launch the kernels. Each is an operator, one step for torch.compile and
+# autograd. A tensor that does not exist is None as an input and has no elements as an output.
 Tensor, Maybe = torch.Tensor, torch.Tensor | None
 
 
@@ -460,7 +444,7 @@ def forward_outputs(q, k, v, w_q, w_k, state):
 
 @torch.library.custom_op("hedgehog::attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Maybe) -> list[Tensor]:
-    B, H, T, _ = v.shape
+    (B, H, T, _), const = v.shape, constants(states_kernel, q, v, w_q)
     segment = segment_length(B, H, T)
     grid = B * H, -(-T // segment)
     y, inv_den, end, before = forward_outputs(q, k, v, w_q, w_k, state)
@@ -470,8 +454,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Mayb
             before[:, :, 0] = state
         if grid[1] > 1:
             states_kernel[grid](k, v, w_k, None, None, None, None, before, k.stride(), v.stride(),
-                                T, H, segment, BACKWARD=False,
-                                **constants(states_kernel, q, v, w_q))
+                                T, H, segment, BACKWARD=False, **const)
             before.cumsum_(2)
         forward_kernel[grid](q, k, v, w_q, w_k, y, inv_den, before if before.numel() else None, end,
                              q.stride(), k.stride(), v.stride(), y.stride(), T, H, segment, EPS=EPS,
@@ -490,8 +473,8 @@ def backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate):
 def backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Tensor, y: Tensor,
              inv_den: Tensor, dy: Tensor, dstate: Maybe) -> list[Tensor]:
     (B, H, T, D), X = v.shape, q.size(-1)
-    outputs = backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate)
-    dq, dk, dv, dw_q, dw_k, dfirst = outputs
+    dq, dk, dv, dw_q, dw_k, dfirst = outputs = backward_outputs(
+        q, k, v, w_q, w_k, before, y, inv_den, dy, dstate)
     const = constants(states_kernel, q, v, w_q)
     segment, F = segment_length(B, H, T), const["F"]
     grid, parts = (B * H, -(-T // segment)), (B * H, -(-T // PART))
@@ -513,13 +496,10 @@ def backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Te
         # The same memory again, for dS inside each segment; those of later segments come on top.
         states_kernel[grid](q, dy, w_q, inv_den, delta, None, states, later, q.stride(),
                             dy.stride(), T, H, segment, BACKWARD=True, **const)
-        if later is not None:
-            later.cumsum_(2)
-            later_operand = later.to(states.dtype)
-        backward_kv_kernel[parts](q, k, v, w_q, w_k, dy, inv_den, delta, states,
-                                  None if later is None else later_operand, dk, dv, dw_parts[1],
-                                  q.stride(), k.stride(), v.stride(), dy.stride(), dk.stride(),
-                                  dv.stride(), segment, T, H, PART,
+        later_sums = None if later is None else later.cumsum_(2).to(states.dtype)
+        backward_kv_kernel[parts](q, k, v, w_q, w_k, dy, inv_den, delta, states, later_sums, dk, dv,
+                                  dw_parts[1], q.stride(), k.stride(), v.stride(), dy.stride(),
+                                  dk.stride(), dv.stride(), segment, T, H, PART,
                                   **constants(backward_kv_kernel, q, v, w_q))
         if before.numel():
             dfirst.copy_(later[:, :, -1])
@@ -530,9 +510,8 @@ def backward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, before: Te
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, w_q, w_k, state = inputs
+    q, k, v, w_q, w_k, _ = inputs
     y, inv_den, _, before = output
-    ctx.has_state = state is not None
     ctx.save_for_backward(q, k, v, w_q, w_k, before, y, inv_den)
     ctx.set_materialize_grads(False)        # if nobody used the last state, None and not zeros
 
@@ -543,7 +522,7 @@ def gradients(ctx, grads):
     dy = torch.zeros_like(y) if dy is None else rows_contiguous(dy)
     dq, dk, dv, dw_q, dw_k, dfirst = backward(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate)
     return (dq, dk, dv, *((None, None) if w_q is None else (dw_q, dw_k)),
-            dfirst if ctx.has_state else None)
+            dfirst if ctx.needs_input_grad[5] else None)
 
 
 forward.register_fake(forward_outputs)
@@ -570,21 +549,17 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
         w_q, w_k = w_q.to(dtype).contiguous(), w_k.to(dtype).contiguous()
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     if v.size(2) == 1 and state is not None and not torch.is_grad_enabled():
-        return fused_step(q, k, v, w_q, w_k, *(x.float().contiguous() for x in state))
+        S, z = (x.float().contiguous() for x in state)
+        y, after = torch.empty_like(v), (torch.empty_like(S), torch.empty_like(z))
+        with torch.cuda.device_of(v):
+            step_kernel[(v.size(0) * v.size(1),)](
+                q, k, v, w_q, w_k, y, S, z, *after, q.stride(), k.stride(), v.stride(), y.stride(),
+                v.size(1), EPS=EPS, **constants(step_kernel, q, v, w_q))
+        return y, after
     if state is not None:
         state = torch.cat([state[0].mT, state[1].unsqueeze(-2)], dim=-2).float()  # (B, H, D+1, F)
     y, _, end, _ = forward(q, k, v, w_q, w_k, state)
     return y, (end[..., :-1, :].mT, end[..., -1, :])
-
-
-def fused_step(q, k, v, w_q, w_k, S, z):
-    """recurrent_step by a kernel, with the map inside; without gradients."""
-    y, after = torch.empty_like(v), (torch.empty_like(S), torch.empty_like(z))
-    with torch.cuda.device_of(v):
-        step_kernel[(v.size(0) * v.size(1),)](
-            q, k, v, w_q, w_k, y, S, z, *after, q.stride(), k.stride(), v.stride(), y.stride(),
-            v.size(1), EPS=EPS, **constants(step_kernel, q, v, w_q))
-    return y, after
 
 
 # --- are they right, and how fast? ----------------------------------------------------------------
@@ -603,9 +578,8 @@ def check(device, dtype):
     inputs, right = random_inputs(2, 333, 3, 64, device, dtype), True
 
     def definition(q, k, v, w_q, w_k):
-        phi_q, phi_k = (torch.cat([(x @ w).softmax(-1), (-x @ w).softmax(-1)], dim=-1)
-                        for x, w in ((q, w_q), (k, w_k)))
-        return naive_linear_attention(phi_q, phi_k, v)
+        phi = lambda x, w: torch.cat([(x @ w).softmax(-1), (-x @ w).softmax(-1)], dim=-1)
+        return naive_linear_attention(phi(q, w_q), phi(k, w_k), v)
 
     def results(function, dtype):
         xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -630,15 +604,15 @@ def main():
     if not torch.cuda.is_available():
         print("no GPU: the kernels run in Triton's interpreter")
         return int(not check("cpu", torch.float32))
-    if shared_memory() < SMALL:
+    if gpu()[0] < SMALL:
         return f"the kernels are not for {torch.cuda.get_device_name()}: PyTorch runs instead"
     right = [check("cuda", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    print("ms, forward and forward + backward; tests/bench_kernel.py has rivals and memory, too")
     for T in (1024, 4096, 65536):
         xs = random_inputs(65536 // T, T, 12, 64, "cuda", torch.bfloat16)
         ms = [triton.testing.do_bench(function, return_mode="median") for function in (
             lambda: fused_attention(*xs), lambda: fused_attention(*xs)[0].sum().backward())]
-        print(f"{65536 // T:3} x {T:6,} tokens, 12 heads of 64, bf16: {ms[0]:.3f} {ms[1]:.3f}")
+        print(f"{65536 // T:3} x {T:6,} tokens, 12 heads of 64, bf16: forward {ms[0]:.3f} ms, "
+              f"with backward {ms[1]:.3f} ms")
     return int(not all(right))
 
 

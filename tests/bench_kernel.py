@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hedgehog import hedgehog_features
-from kernel import SMALL, fused_attention, shared_memory
+from kernel import SMALL, fused_attention, gpu
 from linear import chunked_linear_attention
 
 
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(9, 17)])
     parser.add_argument("--fla", action="store_true", help="flash-linear-attention, too")
     args = parser.parse_args()
-    if not torch.cuda.is_available() or shared_memory() < SMALL:
+    if not torch.cuda.is_available() or gpu()[0] < SMALL:
         sys.exit("this needs an NVIDIA GPU with bf16")
     table = benchmark(contenders(args.fla), args.lengths)
     if args.plot:

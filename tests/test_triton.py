@@ -188,7 +188,7 @@ def test_segment_lengths(B, H, T, monkeypatch):
     programs = B * H * -(-T // segment)
     assert segment % 64 == 0 and segment >= kernel.SEGMENT
     if B * T >= 65536:
-        assert programs / (-(-programs // kernel.programs()) * kernel.programs()) > 0.7
+        assert programs / (-(-programs // kernel.gpu()[1]) * kernel.gpu()[1]) > 0.7
 
 
 @interpreted
@@ -254,7 +254,7 @@ def test_what_the_kernels_take(takes, shared, dtype, T, d, D, learned, features,
                                numel=lambda: math.prod(size),
                                size=lambda i=None: size if i is None else size[i])
 
-    monkeypatch.setattr(kernel, "shared_memory", lambda: getattr(kernel, str(shared), shared))
+    monkeypatch.setattr(kernel, "gpu", lambda: (getattr(kernel, str(shared), shared), 264))
     q, v, w = tensor(d, features or dtype), tensor(D, dtype), torch.empty(3, d, d)
     with torch.set_grad_enabled(grad):
         arguments = q, v, w if learned else None
