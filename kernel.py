@@ -395,7 +395,7 @@ def gpu():
     run at once, two on each multiprocessor; an H100's where there is no GPU."""
     if not torch.cuda.is_available():
         return LARGE, 264
-    card = torch.cuda.get_device_properties()
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
     return (getattr(card, "shared_memory_per_block_optin", 0) if card.major >= 8 else 0,
             2 * card.multi_processor_count)
 
