@@ -73,8 +73,9 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
         C = max(1, min(chunk, T))
         N = max(1, -(-T // C))
         # N chunks of C tokens; the last is filled up with zero features. (B, H, N, C, F or D)
-        phi_q, phi_k, v = (pad(x, (0, 0, 0, N * C - T)).unflatten(2, (N, C))
-                           for x in (phi_q, phi_k, v))
+        if T < N * C:
+            phi_q, phi_k, v = (pad(x, (0, 0, 0, N * C - T)) for x in (phi_q, phi_k, v))
+        phi_q, phi_k, v = (x.unflatten(2, (N, C)) for x in (phi_q, phi_k, v))
         S, z = phi_k.mT @ v, phi_k.sum(-2)                  # what each chunk adds
         A = (phi_q @ phi_k.mT).tril()                       # (B, H, N, C, C): inside each chunk
         num, den = A @ v, A.sum(-1, keepdim=True)
