@@ -183,11 +183,14 @@ def fuzz(seconds, seed=0):
 
 
 if __name__ == "__main__":
+    drill, *numbers = sys.argv[1:] or [""]
+    if drill not in ("kill", "fuzz") or (drill == "kill" and numbers):
+        sys.exit(__doc__)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("text.txt").write_text(TEXT)
-        wrong = kill() if sys.argv[1:] == ["kill"] else fuzz(*map(int, sys.argv[2:]))
+        wrong = kill() if drill == "kill" else fuzz(*map(int, numbers))
         os.chdir("/")
     sys.exit(wrong)
