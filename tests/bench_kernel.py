@@ -4,12 +4,16 @@
     python tests/bench_kernel.py --plot figures/kernel.png  and a drawing of it (needs matplotlib)
 
 Medians in ms of CUDA graphs, so that no time of Python is in them, and the memory that a call takes
-beyond its results. The same number of tokens is cut into ever fewer and longer sequences.
+beyond its results. The same number of tokens is cut into ever fewer and longer sequences. The last
+line is JSON.
 """
 
 import argparse
-import datetime
+import json
+import shlex
 import sys
+import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -90,7 +94,7 @@ def benchmark(functions, lengths, tokens=65536, H=12, d=64, dtype=torch.bfloat16
     bandwidth = 2 * x.nbytes / triton.testing.do_bench(lambda: x.clone(), return_mode="median")
     del x
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__},"
-          f" {datetime.date.today()}; a copy moves {bandwidth / 1e9:.2f} TB/s\n"
+          f" {date.today()}; a copy moves {bandwidth / 1e9:.2f} TB/s\n"
           f"{tokens} tokens, {H} heads of {d}, {dtype}\n{'T':32}"
           + "".join(f"{T:9,}" for T in lengths))
     table = {}
@@ -124,6 +128,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not torch.cuda.is_available() or gpu()[0] < SMALL:
         sys.exit("this needs an NVIDIA GPU with bf16")
+    begin = time.perf_counter()
     table = benchmark(contenders(args.fla), args.lengths)
     if args.plot:
         plot(table, args.lengths, args.plot)
+    print(json.dumps({"kernel": table, "lengths": args.lengths, "data": "random tokens", "seed": 0,
+                      "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                      "date": str(date.today()), "seconds": round(time.perf_counter() - begin, 1),
+                      "command": shlex.join(["python", *sys.argv])}))

@@ -3,9 +3,9 @@
     python tests/tables.py      rewrites what is between <!-- table KIND DATA --> and <!-- end -->
     python tests/tables.py --plot figures/curve.png     draws how the gap falls with training
 
-A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, or the
-last line that bench_generation.py or bench_training.py prints. KIND is a key of TABLES below. DATA,
-if given, are the data sets that the table is about.
+A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, with
+"edit" if that was not the code as it is, or the last line that gap.py or a bench_*.py prints. KIND
+is a key of TABLES below. DATA, if given, are the data sets that the table is about.
 
 A gap is in nats per byte above softmax. Where the tokens are GPT-2's, and only there, it is also in
 per cent of the perplexity per token. A conversion is compared with softmax that the same run
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init", "--lr"     # parts of a row's name
+OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init"             # parts of a row's name
 STAGES = ("softmax, the teacher", "swapped", "stage 1", "stage 2", "softmax, finetuned",
           "from scratch")
 # What is compared, the table, column and rows to take it from, and the paper's gap: perplexities
@@ -71,13 +71,15 @@ def gap(loss, softmax_loss, token_bytes):
 
 def trained(chosen):
     """The runs from scratch of each model, one a seed (of several the last), by what they share:
-    data, steps, heads, positions, the map with its options."""
+    data, steps, heads, positions, the rate if given, the map with its options and edit."""
     found = {}
     for r in chosen:
         options = {o.split()[0]: o for o in re.split(r" (?=--)", r["command"])
                    if o.startswith(OPTIONS)}
+        rate = re.search(r"--lr (\S+)", r["command"])
         key = (r["data"], r["steps"], r["config"]["n_head"], r["config"]["position"],
-               " ".join([r["attention"], *options.values()]))
+               rate[1] if rate else "-", " ".join([r["attention"], *options.values()])
+               + (f", {r['edit']}" if "edit" in r else ""))
         found.setdefault(key, {})[r["seed"]] = r
     return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
 
@@ -88,11 +90,11 @@ def scratch(chosen, lines):
     loss = {key: mean(r["valid"]["loss"] for r in runs) for key, runs in found.items()}
     rows = []
     for key in sorted(found, key=lambda key: (*key[:2], loss[key])):
-        data, steps, heads, position, attention = key
-        runs, softmax = found[key], loss.get((*key[:4], "softmax"))
+        data, steps, heads, position, rate, attention = key
+        runs, softmax = found[key], loss.get((*key[:5], "softmax"))
         rows.append({
             "map": attention, "data": data, "positions": position, "heads": str(heads),
-            "steps": f"{steps:,}", "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
+            "steps": f"{steps:,}", "rate": rate, "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
             "seeds": str(len(runs)),
             "% right": number(1, *(100 * r["valid"]["accuracy"] for r in runs)),
             "steps until half are right": ", ".join(
@@ -169,6 +171,20 @@ def training(chosen, lines):
     return [rows[key] for key in sorted(rows)]
 
 
+def kernel(chosen, lines):
+    """A row for each card and contender, a column for each length of the sequence."""
+    lengths = sorted({T for r in chosen for T in r["lengths"]})
+    rows = []
+    for r in chosen:
+        for name, figures in r["kernel"].items():
+            at = dict(zip(r["lengths"], figures))
+            mib = [x[2] for x in figures if x[2] is not None]
+            rows.append({"card": r["device"].split()[1], "attention": name} | {
+                f"T = {T:,}": f"{at[T][0]:.3f}, {at[T][1]:.3f}" if T in at else "-"
+                for T in lengths} | {"MiB": f"{min(mib):,.0f} to {max(mib):,.0f}" if mib else "-"})
+    return rows
+
+
 def generation(chosen, lines):
     """A row for each model, number of sequences and context."""
     rows = {}
@@ -202,6 +218,7 @@ TABLES = {
     "scratch": (scratch, lambda r: "valid" in r and r["steps"] >= 100),
     "training": (training, lambda r: "training" in r and not r.get("recompute")),
     "generation": (generation, lambda r: "generation" in r),
+    "kernel": (kernel, lambda r: "kernel" in r),
     "checkpoint": (checkpoint, lambda r: "rows" in r and "gguf" in r["command"]
                    and "samsum" not in r["command"]),
     "conversions": (conversions, lambda r: "rows" in r and "gguf" not in r["command"]
@@ -213,10 +230,10 @@ def note(lines):
     def together(key, between=", "):
         return between.join(sorted({r[key] for r in lines}))
 
-    seconds = [r["seconds"] for r in lines]
-    return textwrap.fill(
-        f"These {len(lines)} runs took {min(seconds):,.0f} to {max(seconds):,.0f} seconds "
-        f"({together('device', ' and ')}; torch {together('torch')}; {together('date')}).", 100)
+    seconds = [r["seconds"] for r in lines if "seconds" in r]
+    took = f" and took {min(seconds):,.0f} to {max(seconds):,.0f} seconds" if seconds else ""
+    return textwrap.fill(f"These {len(lines)} runs are of {together('date')} "
+                         f"({together('device', ' and ')}; torch {together('torch')}){took}.", 100)
 
 
 def rewrite(text, lines):
@@ -244,9 +261,9 @@ def plot_curve(lines, path):
     found = trained([r for r in lines if TABLES["scratch"][1](r)])
     curves = {}
     for key, runs in sorted(found.items()):
-        softmax, r = found.get((*key[:4], "softmax")), runs[0]
+        softmax, r = found.get((*key[:5], "softmax")), runs[0]
         token_bytes = bytes_per_token(key[0], lines)
-        if (key[4] == "hedgehog" and softmax and token_bytes and "by-file" not in key[0]
+        if (key[4:] == ("-", "hedgehog") and softmax and token_bytes and "by-file" not in key[0]
                 and r["config"]["n_embd"] == 64 * key[2]):
             nats = (mean(x["valid"]["loss"] for x in runs)
                     - mean(x["valid"]["loss"] for x in softmax)) / token_bytes
