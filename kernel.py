@@ -391,8 +391,8 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
 
 @torch.compiler.assume_constant_result
 def gpu():
-    """Bytes of shared memory that a program can have, 0 on a GPU without bf16, and how many programs
-    run at once, two on each multiprocessor; an H100's where there is no GPU."""
+    """Bytes of shared memory that a program can have, 0 on a GPU without bf16, and how many run at
+    once, two on each multiprocessor; an H100's where there is no GPU."""
     if not torch.cuda.is_available():
         return LARGE, 264
     card = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -98,8 +98,9 @@ def main():
                   f"{g['other'] - g['softmax']:8.3f} {g['share_of_gap']:11.1%}")
     if args.plot:
         plot(found, args.plot)
-    print(json.dumps({"gap": found, "data": task.name, "device": args.device, "date": str(date.today()),
-                      "torch": torch.__version__, "softmax": float(a[real].mean()),
+    print(json.dumps({"gap": found, "data": task.name, "device": args.device,
+                      "date": str(date.today()), "torch": torch.__version__,
+                      "softmax": float(a[real].mean()),
                       "other": float(b[real].mean()), "seed": o.seed,
                       "command": shlex.join(["python", *sys.argv])}))
 

@@ -32,8 +32,8 @@ HEADLINE = [
      "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "0.025; 11.8 %"),
     ("from scratch, 5M on Wikipedia, 448 M bytes (H200), perplexity per byte", "scratch",
      "perplexity", {"data": "enwiki-bytes", "steps": "13,672"}, "-"),
-    ("SmolLM2-135M converted, softmax finetuned alike (H100), perplexity per token", "checkpoint",
-     "stage 2", {"steps": "2,000 + 4,000"}, "0.012; 5.7 %"),
+    ("SmolLM2-135M converted, softmax finetuned alike (H100), perplexity per token of its own",
+     "checkpoint", "stage 2", {"steps": "2,000 + 4,000"}, "0.012; 5.7 %"),
     ("the 124M model converted, softmax finetuned alike (H200), perplexity per token",
      "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
@@ -94,7 +94,8 @@ def scratch(chosen, lines):
         runs, softmax = found[key], loss.get((*key[:5], "softmax"))
         rows.append({
             "map": attention, "data": data, "positions": position, "heads": str(heads),
-            "steps": f"{steps:,}", "rate": rate, "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
+            "steps": f"{steps:,}", "rate": rate,
+            "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
             "seeds": str(len(runs)),
             "% right": number(1, *(100 * r["valid"]["accuracy"] for r in runs)),
             "steps until half are right": ", ".join(
