@@ -109,8 +109,8 @@ PRESETS = {
     # A laptop: minutes.
     "tiny": dict(position="rotary"),
     # One GPU: minutes; one pass over the data.
-    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, steps=0, epochs=1.0,
-                  batch_size=16, lr=1e-3, eval_every=200),
+    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=1024, position="rotary", steps=0,
+                  epochs=1.0, batch_size=16, lr=2e-3, eval_every=200),
     # The paper's WikiText-103 model. The budget is that of the same lab's recipe (H3, Hyena).
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.1, steps=0,
                  epochs=100.0, batch_size=512, lr=6e-4, eval_every=500),
@@ -455,7 +455,7 @@ def train(o, data):
         timed, seconds = timed - 1, seconds - seconds_of_first
     result = {"attention": o.attention, "data": data.name, "tokenizer": data.tokenizer,
               "parameters": sum(p.numel() for p in raw_model.parameters()), "steps": steps,
-              "tokens": steps * tokens, "valid": progress["valid"],
+              "tokens": steps * tokens, "lr": o.lr, "valid": progress["valid"],
               **({"test": test} if test else {}), "seconds": round(progress["seconds"], 1),
               "tokens_per_second": round(timed * tokens / seconds) if timed else None,
               "device": device_name(o), "precision": o.precision, "seed": o.seed,

@@ -7,9 +7,10 @@ A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py o
 "edit" if that was not the code as it is, or the last line that gap.py or a bench_*.py prints. KIND
 is a key of TABLES below. DATA, if given, are the data sets that the table is about.
 
-A gap is in nats per byte above softmax. Where the tokens are GPT-2's, and only there, it is also in
-per cent of the perplexity per token. A conversion is compared with softmax that the same run
-finetuned from the same teacher in as many steps; if it did not, "-" is printed.
+A gap is in nats per byte above softmax, from scratch softmax at the best of its rates. Where the
+tokens are GPT-2's, and only there, it is also in per cent of the perplexity per token. A conversion
+is compared with softmax that the same run finetuned from the same teacher in as many steps; if it
+did not, "-" is printed.
 """
 
 import json
@@ -71,30 +72,38 @@ def gap(loss, softmax_loss, token_bytes):
 
 def trained(chosen):
     """The runs from scratch of each model, one a seed (of several the last), by what they share:
-    data, steps, heads, positions, the rate if given, the map with its options and edit."""
+    data, steps, heads, positions, the map with its options and edit, the rate."""
     found = {}
     for r in chosen:
         options = {o.split()[0]: o for o in re.split(r" (?=--)", r["command"])
                    if o.startswith(OPTIONS)}
-        rate = re.search(r"--lr (\S+)", r["command"])
         key = (r["data"], r["steps"], r["config"]["n_head"], r["config"]["position"],
-               rate[1] if rate else "-", " ".join([r["attention"], *options.values()])
-               + (f", {r['edit']}" if "edit" in r else ""))
+               " ".join([r["attention"], *options.values()])
+               + (f", {r['edit']}" if "edit" in r else ""), r["lr"])
         found.setdefault(key, {})[r["seed"]] = r
     return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
+
+
+def at_best_rate(found):
+    """Of models that `trained` tells apart by the rate alone the lowest mean loss."""
+    best = {}
+    for key, runs in found.items():
+        loss = mean(r["valid"]["loss"] for r in runs)
+        best[key[:5]] = min(loss, best.get(key[:5], math.inf))
+    return best
 
 
 def scratch(chosen, lines):
     """A row for each model that was trained."""
     found = trained(chosen)
     loss = {key: mean(r["valid"]["loss"] for r in runs) for key, runs in found.items()}
-    rows = []
+    best, rows = at_best_rate(found), []
     for key in sorted(found, key=lambda key: (*key[:2], loss[key])):
-        data, steps, heads, position, rate, attention = key
-        runs, softmax = found[key], loss.get((*key[:5], "softmax"))
+        data, steps, heads, position, attention, rate = key
+        runs, softmax = found[key], best.get((*key[:4], "softmax"))
         rows.append({
             "map": attention, "data": data, "positions": position, "heads": str(heads),
-            "steps": f"{steps:,}", "rate": rate,
+            "steps": f"{steps:,}", "rate": f"{rate:g}",
             "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
             "seeds": str(len(runs)),
             "% right": number(1, *(100 * r["valid"]["accuracy"] for r in runs)),
@@ -161,6 +170,19 @@ def checkpoint(chosen, lines):
     return sorted(rows, key=lambda row: float(row["stage 2"]))
 
 
+def rouge(chosen, lines):
+    """A row for each map in a model that answers prompts: ROUGE-1, -2, -L, and KL."""
+    rows = []
+    for r in chosen:
+        own = {row["name"].rpartition(", ")[2]: row for row in r["rows"]}
+        row = {"map": r["rows"][-1]["name"].split(", ")[0], "the teacher": "-", "swapped": "-",
+               "stage 1": "-", "stage 2": "-"}
+        for stage, x in own.items():
+            row[stage] = f"{x['rouge1']:.1f}, {x['rouge2']:.1f}, {x['rougeL']:.1f}"
+        rows.append(row | {"KL": ", ".join(f"{own[stage]['kl']:.2f}" for stage in list(own)[1:])})
+    return rows
+
+
 def training(chosen, lines):
     """A row for each context and card: tokens a second and the peak of memory of each model."""
     rows = {}
@@ -222,6 +244,7 @@ TABLES = {
     "kernel": (kernel, lambda r: "kernel" in r),
     "checkpoint": (checkpoint, lambda r: "rows" in r and "gguf" in r["command"]
                    and "samsum" not in r["command"]),
+    "rouge": (rouge, lambda r: any("rouge1" in row for row in r.get("rows", []))),
     "conversions": (conversions, lambda r: "rows" in r and "gguf" not in r["command"]
                     and r["options"].get("attention") != "softmax")}
 
@@ -255,21 +278,22 @@ def rewrite(text, lines):
 
 
 def plot_curve(lines, path):
-    """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions.
-    Heads are 64 wide. How many tokens the paper's model saw is a guess."""
+    """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions,
+    both maps at their best rate. Heads are 64 wide. How many tokens the paper's model saw is a
+    guess."""
     import matplotlib.pyplot as plt
 
-    found = trained([r for r in lines if TABLES["scratch"][1](r)])
-    curves = {}
-    for key, runs in sorted(found.items()):
-        softmax, r = found.get((*key[:5], "softmax")), runs[0]
-        token_bytes = bytes_per_token(key[0], lines)
-        if (key[4:] == ("-", "hedgehog") and softmax and token_bytes and "by-file" not in key[0]
-                and r["config"]["n_embd"] == 64 * key[2]):
-            nats = (mean(x["valid"]["loss"] for x in runs)
-                    - mean(x["valid"]["loss"] for x in softmax)) / token_bytes
-            name = f"{softmax[0]['parameters'] / 1e6:.1f}M, {key[0]}, {key[3]} positions"
-            curves.setdefault(name, []).append((r["tokens"] / softmax[0]["parameters"], nats))
+    found, curves = trained([r for r in lines if TABLES["scratch"][1](r)]), {}
+    best = at_best_rate(found)
+    sizes = {key[:5]: runs[0] for key, runs in found.items()}
+    for key in sorted(best):
+        softmax, token_bytes = (*key[:4], "softmax"), bytes_per_token(key[0], lines)
+        if (key[4] == "hedgehog" and softmax in best and token_bytes and "by-file" not in key[0]
+                and sizes[key]["config"]["n_embd"] == 64 * key[2]):
+            r = sizes[softmax]
+            name = f"{r['parameters'] / 1e6:.1f}M, {key[0]}, {key[3]} positions"
+            curves.setdefault(name, []).append((
+                r["tokens"] / r["parameters"], (best[key] - best[softmax]) / token_bytes))
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, points in curves.items():
         axis.semilogx(*zip(*points), "o-", label=name)
