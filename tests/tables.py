@@ -9,8 +9,8 @@ is a key of TABLES below. DATA, if given, are the data sets that the table is ab
 
 A gap is in nats per byte above softmax, from scratch softmax at the best of its rates. Where the
 tokens are GPT-2's, and only there, it is also in per cent of the perplexity per token. A conversion
-is compared with softmax that the same run finetuned from the same teacher in as many steps; if it
-did not, "-" is printed.
+is compared with softmax that was finetuned from the same teacher in as many steps on the same
+batches; if none was, "-" is printed.
 """
 
 import json
@@ -60,14 +60,14 @@ def bytes_per_token(data, lines):
             return r["valid"]["loss"] / (r["valid"]["bits_per_byte"] * math.log(2))
 
 
-def gap(loss, softmax_loss, token_bytes):
-    """The cells of a gap between two losses in nats per token; any of the three may be missing."""
-    nats = per_cent = None
-    if None not in (loss, softmax_loss, token_bytes):
-        nats = (loss - softmax_loss) / token_bytes
-        if token_bytes > 1.01:                  # it is 1 where the tokens are bytes
-            per_cent = 100 * math.expm1(loss - softmax_loss)
-    return {"nats per byte above softmax": number(3, nats), "% per token": number(1, per_cent)}
+def gap(losses, softmax_losses, token_bytes):
+    """The cells of a gap between losses in nats per token, by seed; any of them may be missing."""
+    if None in (*losses, *softmax_losses, token_bytes):
+        return {"nats per byte above softmax": "-", "% per token": "-"}
+    nats = [x - y for x, y in zip(losses, softmax_losses)]
+    of_gpt2 = token_bytes > 1.01                # it is 1 where the tokens are bytes
+    return {"nats per byte above softmax": number(3, *(x / token_bytes for x in nats)),
+            "% per token": number(1, *(100 * math.expm1(x) for x in nats)) if of_gpt2 else "-"}
 
 
 def trained(chosen):
@@ -112,36 +112,53 @@ def scratch(chosen, lines):
                 for r in runs if "half_right_at" in r) or "-",
             "perplexity": number(2, *(r["valid"].get("perplexity") for r in runs)),
             "of the test": number(2, *(r["test"].get("perplexity") for r in runs)),
-            **gap(loss[key], softmax, bytes_per_token(data, lines))})
+            **gap([loss[key]], [softmax], bytes_per_token(data, lines))})
     return rows
 
 
 def conversions(chosen, lines):
-    """A row for each map that distill.py put into a teacher; of runs on one day the last counts."""
-    rows = {}
+    """A row for each map that distill.py put into teachers, its own or given ones, one run a seed
+    (of several the last)."""
+    def alike(r):
+        """What softmax has to share; the teacher is told by its figure, to the last digit."""
+        return (r["rows"][0].get(r["figure"]), r["seed"], r["options"]["steps"],
+                r["options"].get("lora"))
+
+    finetuned = {alike(r): row for r in chosen for row in r["rows"] if row["name"] == STAGES[4]}
+    found = {}
     for r in chosen:
         models, options = {}, r["options"]
         for row in r["rows"]:
             model, _, stage = row["name"].rpartition(", ")
             models.setdefault(model, {})[row["name"] if model == "softmax" else stage] = row
-        softmax = models.pop("softmax")
+        softmax = models.pop("softmax") | {STAGES[4]: finetuned.get(alike(r), {})}
         extra = [f" --{key.replace('_', '-')} {options[key]}" for key in ("feature_dim", "lora")
                  if options.get(key)]
         for model, own in models.items():
-            found = {stage: (softmax | own).get(stage, {}) for stage in STAGES}
-            ends = [found[stage].get("perplexity") for stage in ("stage 2", "softmax, finetuned")]
-            first = f"{options['distill_steps']} + " if found["stage 1"] else ""
-            row = {
-                "map": "".join([model, *extra]), "data": r["data"], "date": r["date"],
-                "steps": f"{first}{options['steps']:,}",
-                **{stage: number(2, found[stage].get(r["figure"])) for stage in STAGES},
-                **gap(*(x and math.log(x) for x in ends), bytes_per_token(r["data"], lines)),
-                **{key: ", ".join(number(digits, found[stage].get(key.lower())) for stage in stages)
-                   for key, digits, stages in (("KL", 3, STAGES[1:4]), ("entropy", 2, STAGES[:4]),
-                                               ("monotonicity", 2, STAGES[1:4]))}}
-            rows[tuple(row.values())[:5]] = row     # map, data, date, steps, teacher
-    return sorted(rows.values(), key=lambda row: (
-        row["data"], float(row["softmax, the teacher"]), float(row["stage 2"])))
+            first = f"{options['distill_steps']} + " if "stage 1" in own else ""
+            key = ("".join([model, *extra]), r["data"], f"{first}{options['steps']:,}",
+                   bool(options.get("teacher")))
+            figures = {stage: (softmax | own).get(stage, {}) for stage in STAGES}
+            found.setdefault(key, {})[r["seed"]] = figures, r["figure"]
+    rows = []
+    for (name, data, steps, _), runs in found.items():
+        def over_seeds(stage, key=None):
+            return [figures[stage].get(key or figure) for figures, figure in runs.values()]
+
+        def of_stages(key, digits, stages):
+            return ", ".join("-" if None in over_seeds(stage, key) else
+                             f"{mean(over_seeds(stage, key)):.{digits}f}" for stage in stages)
+
+        ends = [[x and math.log(x) for x in over_seeds(stage, "perplexity")]
+                for stage in ("stage 2", "softmax, finetuned")]
+        rows.append({
+            "map": name, "data": data, "steps": steps, "seeds": str(len(runs)),
+            **{stage: number(2, *over_seeds(stage)) for stage in STAGES},
+            **gap(*ends, bytes_per_token(data, lines)),
+            "KL": of_stages("kl", 3, STAGES[1:4]),
+            "entropy": of_stages("entropy", 2, STAGES[:4]),
+            "monotonicity": of_stages("monotonicity", 2, STAGES[1:4])})
+    return sorted(rows, key=lambda row: (row["data"], float(row["stage 2"].split()[0])))
 
 
 def checkpoint(chosen, lines):
@@ -163,7 +180,7 @@ def checkpoint(chosen, lines):
                 "steps": f"{o['distill_steps']:,} + {o['steps']:,}", "rate": f"{o['lr']:g}",
                 **{stage: number(2, own[stage]["perplexity"]) for stage in STAGES[1:4]},
                 "softmax, finetuned": number(2, best),
-                **gap(math.log(own["stage 2"]["perplexity"]), best and math.log(best),
+                **gap([math.log(own["stage 2"]["perplexity"])], [best and math.log(best)],
                       SMOLLM2_BYTES),
                 "KL": ", ".join(number(2, own[stage]["kl"]) for stage in STAGES[1:4]),
                 "entropy": ", ".join(number(2, own[stage]["entropy"]) for stage in STAGES[1:4])})
@@ -230,7 +247,7 @@ def headline(chosen, lines):
         hedgehog = table["hedgehog"]
         softmax = table.get("softmax", {column: hedgehog.get("softmax, finetuned")})
         rows.append({"": what, "softmax": softmax[column], "Hedgehog": hedgehog[column],
-                     **{key: hedgehog[key] for key in gap(None, None, None)},
+                     **{key: hedgehog[key] for key in gap([None], [None], None)},
                      "the paper's gap": paper})
     return rows
 
@@ -288,7 +305,7 @@ def plot_curve(lines, path):
     sizes = {key[:5]: runs[0] for key, runs in found.items()}
     for key in sorted(best):
         softmax, token_bytes = (*key[:4], "softmax"), bytes_per_token(key[0], lines)
-        if (key[4] == "hedgehog" and softmax in best and token_bytes and "by-file" not in key[0]
+        if (key[4] == "hedgehog" and softmax in best and token_bytes
                 and sizes[key]["config"]["n_embd"] == 64 * key[2]):
             r = sizes[softmax]
             name = f"{r['parameters'] / 1e6:.1f}M, {key[0]}, {key[3]} positions"
