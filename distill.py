@@ -112,7 +112,8 @@ def preset_for(given):
 def from_teacher(values, given):
     """The teacher's (or the analysed run's) options for what has to fit to it."""
     run = given.get("teacher") or given.get("analyze")
-    own = {"n_layer", "n_head", "n_embd", "position", "dropout"} if run else set()
+    shape = {"n_layer", "n_head", "n_embd", "position", "dropout"}
+    own = set(shape) if run else set()
     if run and not given.get("task"):
         own |= {"epochs", "teacher_steps", "teacher_lr"}
     if given.get("task"):
@@ -124,8 +125,9 @@ def from_teacher(values, given):
         return values
     state = train_lm.load_checkpoint(run)
     saved = state["options"] | {"tokenizer": state["data"][1]}      # of wiki.*, say, by default
-    keys = {"data", "data_dir", "tokenizer", "block_size", *([] if given.get("task") else
-                                                             ["batch_size"])}
+    keys = shape | {"data", "data_dir", "tokenizer", "block_size"}
+    if not given.get("task"):
+        keys |= {"batch_size"}
     return values | {key: saved[key] for key in keys}
 
 

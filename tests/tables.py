@@ -136,12 +136,13 @@ def conversions(chosen, lines):
                  if options.get(key)]
         for model, own in models.items():
             first = f"{options['distill_steps']} + " if "stage 1" in own else ""
-            key = ("".join([model, *extra]), r["data"], f"{first}{options['steps']:,}",
+            position = options.get("position", "learned")       # all teachers' at first
+            key = ("".join([model, *extra]), r["data"], position, f"{first}{options['steps']:,}",
                    bool(options.get("teacher")))
             figures = {stage: (softmax | own).get(stage, {}) for stage in STAGES}
             found.setdefault(key, {})[r["seed"]] = figures, r["figure"]
     rows = []
-    for (name, data, steps, _), runs in found.items():
+    for (name, data, position, steps, _), runs in found.items():
         def over_seeds(stage, key=None):
             return [figures[stage].get(key or figure) for figures, figure in runs.values()]
 
@@ -152,7 +153,8 @@ def conversions(chosen, lines):
         ends = [[x and math.log(x) for x in over_seeds(stage, "perplexity")]
                 for stage in ("stage 2", "softmax, finetuned")]
         rows.append({
-            "map": name, "data": data, "steps": steps, "seeds": str(len(runs)),
+            "map": name, "data": data, "positions": position, "steps": steps,
+            "seeds": str(len(runs)),
             **{stage: number(2, *over_seeds(stage)) for stage in STAGES},
             **gap(*ends, bytes_per_token(data, lines)),
             "KL": of_stages("kl", 3, STAGES[1:4]),
