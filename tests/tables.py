@@ -135,8 +135,8 @@ def conversions(chosen, lines):
         extra = [f" --{key.replace('_', '-')} {options[key]}" for key in ("feature_dim", "lora")
                  if options.get(key)]
         for model, own in models.items():
-            first = f"{options['distill_steps']} + " if "stage 1" in own else ""
-            position = options.get("position", "learned")       # all teachers' at first
+            first = f"{options['distill_steps']:,} + " if "stage 1" in own else ""
+            position = options.get("position", "learned")       # older runs do not say
             key = ("".join([model, *extra]), r["data"], position, f"{first}{options['steps']:,}",
                    bool(options.get("teacher")))
             figures = {stage: (softmax | own).get(stage, {}) for stage in STAGES}
@@ -160,7 +160,8 @@ def conversions(chosen, lines):
             "KL": of_stages("kl", 3, STAGES[1:4]),
             "entropy": of_stages("entropy", 2, STAGES[:4]),
             "monotonicity": of_stages("monotonicity", 2, STAGES[1:4])})
-    return sorted(rows, key=lambda row: (row["data"], float(row["stage 2"].split()[0])))
+    return sorted(rows, key=lambda row: (row["data"], row["positions"],
+                                         float(row["stage 2"].split()[0])))
 
 
 def checkpoint(chosen, lines):
