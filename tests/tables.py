@@ -84,20 +84,20 @@ def trained(chosen):
     return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
 
 
-def at_best_rate(found):
-    """Of models that `trained` tells apart by the rate alone the lowest mean loss."""
-    best = {}
+def mean_losses(found):
+    """The loss of each model of `trained`, over seeds; and the lowest of those that the rate alone
+    tells apart."""
+    losses, best = {}, {}
     for key, runs in found.items():
-        loss = mean(r["valid"]["loss"] for r in runs)
-        best[key[:5]] = min(loss, best.get(key[:5], math.inf))
-    return best
+        losses[key] = mean(r["valid"]["loss"] for r in runs)
+        best[key[:5]] = min(losses[key], best.get(key[:5], math.inf))
+    return losses, best
 
 
 def scratch(chosen, lines):
     """A row for each model that was trained."""
     found = trained(chosen)
-    loss = {key: mean(r["valid"]["loss"] for r in runs) for key, runs in found.items()}
-    best, rows = at_best_rate(found), []
+    (loss, best), rows = mean_losses(found), []
     for key in sorted(found, key=lambda key: (*key[:2], loss[key])):
         data, steps, heads, position, attention, rate = key
         runs, softmax = found[key], best.get((*key[:4], "softmax"))
@@ -121,7 +121,7 @@ def conversions(chosen, lines):
     (of several the last)."""
     def alike(r):
         """What softmax has to share; the teacher is told by its figure, to the last digit."""
-        return (r["rows"][0].get(r["figure"]), r["seed"], r["options"]["steps"],
+        return (r["rows"][0][r["figure"]], r["seed"], r["options"]["steps"], r["options"]["lr"],
                 r["options"].get("lora"))
 
     finetuned = {alike(r): row for r in chosen for row in r["rows"] if row["name"] == STAGES[4]}
@@ -304,7 +304,7 @@ def plot_curve(lines, path):
     import matplotlib.pyplot as plt
 
     found, curves = trained([r for r in lines if TABLES["scratch"][1](r)]), {}
-    best = at_best_rate(found)
+    _, best = mean_losses(found)
     sizes = {key[:5]: runs[0] for key, runs in found.items()}
     for key in sorted(best):
         softmax, token_bytes = (*key[:4], "softmax"), bytes_per_token(key[0], lines)

@@ -601,6 +601,10 @@ def test_options_and_presets(here):
         "tiny", 400, 1300, "out/distill-stdlib-hedgehog")
     o = parse("--teacher softmax")                          # what has to fit is the teacher's
     assert (o.data, o.block_size, o.batch_size, o.steps) == ("text.txt", 32, 10, 400)
+    saved = train_lm.load_checkpoint("softmax")["options"]
+    for key in ("n_layer", "n_head", "n_embd", "position", "dropout"):
+        assert getattr(o, key) == saved[key] == getattr(parse("--teacher softmax --task CoLA"), key)
+    assert saved["n_layer"] != parse("").n_layer and saved["n_embd"] != parse("").n_embd
     assert parse("--teacher softmax --batch-size 3").batch_size == 3
     assert parse("--task listops").distill_steps == 500
     assert parse("--epochs 2").teacher_steps == 0

@@ -117,6 +117,7 @@ def test_text_file():
     r = json.loads(out.splitlines()[-1])
     assert r == json.loads(Path("o/result.json").read_text())
     assert r["tokens"] == 6 * 4 * 16 and r["steps"] == 6 and r["attention"] == "hedgehog"
+    assert r["lr"] == train_lm.Options().lr
     assert [line["step"] for line in log("o")] == [2, 4, 6] and log("o")[-1]["valid"] == r["valid"]
     assert {"seconds", "tokens_per_second", "device", "torch", "seed", "test", "command"} <= set(r)
 
