@@ -34,7 +34,7 @@ HEADLINE = [
     ("from scratch, 124M on Wikipedia, 344 M tokens (H100), perplexity per token", "scratch",
      "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "0.025; 11.8 %"),
     ("SmolLM2-135M converted, softmax finetuned alike (H100), perplexity per token of its own",
-     "checkpoint", "stage 2", {"steps": "2,000 + 4,000"}, "0.012; 5.7 %"),
+     "checkpoint", "stage 2", {"steps": "2,000 + 4,000"}, "GPT-2's: 0.012; 5.7 %"),
     ("the 124M model converted, softmax finetuned alike (H200), perplexity per token",
      "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
@@ -299,28 +299,34 @@ def rewrite(text, lines):
 
 def plot_curve(lines, path):
     """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions,
-    all maps at their best rate; for the small model of today the rivals' gaps, too. Heads are 64
-    wide. How many tokens the paper's model saw is a guess."""
+    all maps at their best rate, with the standard deviation where there are several seeds; for the
+    small model of today the rivals' gaps, too. Heads are 64 wide. How many tokens the paper's model
+    saw is a guess."""
     import matplotlib.pyplot as plt
 
     found, curves = trained([r for r in lines if TABLES["scratch"][1](r)]), {}
-    _, best = mean_losses(found)
-    sizes = {key[:5]: runs[0] for key, runs in found.items()}
-    for key in sorted(best):
-        softmax, token_bytes = (*key[:4], "softmax"), bytes_per_token(key[0], lines)
+    losses, best = mean_losses(found)
+    models = {key[:5]: found[key] for key in found if losses[key] == best[key[:5]]}
+    for key, runs in sorted(models.items()):
+        softmax, token_bytes = models.get((*key[:4], "softmax")), bytes_per_token(key[0], lines)
         rival = key[4] in ("performer", "elu") and key[::3] == ("enwiki-88m", "rotary")
-        if ((key[4] == "hedgehog" or rival) and softmax in best and token_bytes
-                and sizes[key]["config"]["n_embd"] == 64 * key[2]):
-            r = sizes[softmax]
-            name = f"{key[4]}, {r['parameters'] / 1e6:.1f}M, {key[0]}, {key[3]}"
+        if ((key[4] == "hedgehog" or rival) and softmax and token_bytes
+                and runs[0]["config"]["n_embd"] == 64 * key[2]):
+            size, both = softmax[0]["parameters"], [[r["valid"]["loss"] for r in of_map]
+                                                    for of_map in (runs, softmax)]
+            deviation = math.hypot(*(stdev(x) for x in both if len(x) > 1))
+            name = f"{key[4]}, {size / 1e6:.1f}M, {key[0]}, {key[3]}"
             curves.setdefault(name, []).append((
-                r["tokens"] / r["parameters"], (best[key] - best[softmax]) / token_bytes))
+                softmax[0]["tokens"] / size, (mean(both[0]) - mean(both[1])) / token_bytes,
+                deviation / token_bytes))
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, points in curves.items():
-        axis.loglog(*zip(*points), "o-", label=name)
-    axis.loglog(95, math.log(20.8 / 18.6) / 4.5, "k*",
-                  label="the paper, 125M, WikiText-103 (probably)")
-    axis.set(xlabel="tokens (or bytes) seen per parameter", ylabel="nats per byte above softmax")
+        x, y, deviations = zip(*points)
+        axis.errorbar(x, y, deviations, fmt="o-", capsize=3, label=name)
+    axis.plot(95, math.log(20.8 / 18.6) / 4.5, "k*",
+              label="the paper, 125M, WikiText-103 (probably)")
+    axis.set(xscale="log", yscale="log", xlabel="tokens (or bytes) seen per parameter",
+             ylabel="nats per byte above softmax")
     for scale, ticks in (axis.xaxis, [2, 5, 10, 20, 50, 100]), (axis.yaxis, [0.02, 0.05, 0.1, 0.2]):
         scale.set_ticks(ticks, labels=map(str, ticks))
         scale.set_minor_formatter("")
