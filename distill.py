@@ -430,15 +430,15 @@ def load(run, o):
         tokenizer, stage = state["data"][1], state["progress"].get("stage", "")
         if model.config.num_classes or tokenizer not in ("bytes", "gpt2"):
             raise ValueError(f"{run} is not a model of text: give a run of train_lm.py on text")
+        model.check_length(o.block_size)
         if o.task:
             return glue_task(o, tokenizer, gpt2_encoding().encode_ordinary
                              if tokenizer == "gpt2" else lambda text: list(text.encode()),
-                             model.config), model, stage
+                             replace(model.config, block_size=o.block_size)), model, stage
         data = load_data(o)
         if (data.tokenizer, data.vocab_size) != (tokenizer, model.config.vocab_size):
             raise ValueError(f"--data {o.data} is {data.tokenizer} tokens of {data.vocab_size}, "
                              f"the model has {tokenizer} tokens of {model.config.vocab_size}")
-        model.check_length(o.block_size)
         return data, model, stage
 
     import hf                                               # needs transformers
@@ -555,7 +555,8 @@ def run(argv):
     out, begin = Path(o.out), time.perf_counter()
     stages = ["stage1", "stage2", "softmax", "scratch"]
     writes = {(out / name).resolve() for name in stages + ["teacher"] * bool(o.task)}
-    if o.teacher and {Path(o.teacher).resolve(), Path(o.teacher).resolve().parent} & writes:
+    teacher = Path(o.teacher).resolve()
+    if o.teacher and (teacher.parent if teacher.is_file() else teacher) in writes | {out.resolve()}:
         raise ValueError(f"--out {o.out} would overwrite its own teacher: give another one")
     old = out / ("teacher" if o.task else "result.json")
     if (old.exists() or (out / "result.json").exists()) and not o.overwrite:
@@ -566,7 +567,7 @@ def run(argv):
             task, teacher = prepare(o)
             for name in ("log.jsonl", "result.json"):       # of an earlier run
                 (out / name).unlink(missing_ok=True)
-            for name in stages if o.overwrite else []:      # which this run may not have
+            for name in stages:                             # which this run may not have
                 shutil.rmtree(out / name, ignore_errors=True)
             if o.task:
                 train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)

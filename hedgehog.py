@@ -52,6 +52,9 @@ class GPTConfig:
                                  + ", ".join(FEATURE_MAPS))
         if self.position not in ("learned", "rotary"):
             raise ValueError(f"position {self.position!r} is neither learned nor rotary")
+        if self.n_head < 1 or self.feature_dim < 0:
+            raise ValueError(f"n_head {self.n_head} is below 1 or feature_dim {self.feature_dim} "
+                             "below 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -224,7 +227,8 @@ class CosFormer(FeatureMap):
     """phi(x_i) = relu(x_i) [cos(pi i / 2M), sin(pi i / 2M)], M = block_size.
 
     So phi(q_i).phi(k_j) = relu(q_i).relu(k_j) cos(pi (i - j) / 2M): nearer keys weigh more (Qin et
-    al., arXiv 2202.08791). Negative for |i - j| > M, hence GPTConfig.max_length.
+    al., arXiv 2202.08791). Negative for |i - j| > M, hence GPTConfig.max_length, and an error for
+    more than M tokens in one call; who hands over a state counts for himself.
     """
 
     def __init__(self, config):
@@ -232,6 +236,8 @@ class CosFormer(FeatureMap):
         self.M = config.block_size
 
     def forward(self, q, k, positions):
+        if len(positions) > self.M:
+            raise ValueError(f"cosformer is for up to {self.M} tokens here, not {len(positions)}")
         angle = (math.pi / (2 * self.M) * positions).unsqueeze(-1)      # (T, 1)
         return tuple(torch.cat([x.relu() * angle.cos(), x.relu() * angle.sin()], dim=-1)
                      for x in (q, k))                       # (B, H, T, 2d)
@@ -274,7 +280,8 @@ def softmax_attention_weights(q, k, causal=True, key_mask=None):
     A query that sees no key has weights 0.
     """
     dtype, seen = torch.promote_types(q.dtype, torch.float32), visible(q, k, causal, key_mask)
-    s = q.to(dtype) @ k.to(dtype).mT / math.sqrt(q.size(-1))
+    with torch.autocast(q.device.type, enabled=False):
+        s = q.to(dtype) @ k.to(dtype).mT / math.sqrt(q.size(-1))
     return s.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1) * seen
 
 
@@ -299,6 +306,8 @@ SMALLEST = 1e-12        # weights below count as this in a logarithm: ReLU featu
 
 def attention_cross_entropy(teacher, student, queries=None):
     """-sum_j a_ij log b_ij, a the teacher's weights and b the student's."""
+    teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32))
+                        for x in (teacher, student))
     counted = teacher.sum(-1) > 0       # where ReLU features match no key, there are no weights
     if queries is not None:
         counted = counted & queries.unsqueeze(1).bool()     # (B, H, T_q)
@@ -331,7 +340,7 @@ def monotonicity(weights, q, k, causal=True, key_mask=None):
     correlation = (r * s).sum(-1) / spread.clamp(min=0.25)
     counted = n > 1
     if key_mask is not None:
-        counted = counted & key_mask[:, None, -q.size(2):].bool()
+        counted = counted & key_mask[:, None, key_mask.size(1) - q.size(2):].bool()
     return (correlation * counted).sum() / counted.sum().clamp(min=1)
 
 
@@ -390,7 +399,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, q, k, v, positions, causal=True, key_mask=None, cache=None):
         if key_mask is not None:
-            key_mask = key_mask[:, -k.size(2):]             # earlier tokens are in the state
+            key_mask = key_mask[:, key_mask.size(1) - k.size(2):]   # the state has earlier tokens
         # The kernels know no other map, nor what a subclass does.
         if type(self.feature_map) is Hedgehog:
             w_q, w_k = self.feature_map.w_q, self.feature_map.w_k
@@ -410,8 +419,8 @@ def hedgehog_attention(q, k, v, w_q, w_k, causal=True, key_mask=None, state=None
     """
     if kernels_take(q, v, w_q, causal, key_mask):
         return fused_attention(q, k, v, w_q, w_k, state)
-    return linear_attention(hedgehog_features(q, w_q), hedgehog_features(k, w_k), v, causal,
-                            key_mask, state)
+    phi_q, phi_k = (hedgehog_features(x, w.to(x.dtype)) for x, w in ((q, w_q), (k, w_k)))
+    return linear_attention(phi_q, phi_k, v, causal, key_mask, state)
 
 
 def linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=None):

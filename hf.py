@@ -55,7 +55,7 @@ def attention(module, q, k, v, key_mask=None, scaling=None, **_):
         layer = None                                        # the first call: what it keeps is idle
     start = 0 if layer is None else layer.seen - q.size(2)
     positions = torch.arange(start, start + q.size(2), device=q.device)
-    dtype = next((p.dtype for p in module.mix.parameters()), q.dtype)
+    dtype = next((x.dtype for x in module.mix.state_dict().values()), q.dtype)
     if not torch.is_autocast_enabled(q.device.type):        # fp32 maps in a bf16 model
         q, k = q.to(dtype), k.to(dtype)
     cache = None
@@ -128,9 +128,10 @@ def remember_cache(module, args, kwargs):
 def take_over(model):
     """Puts SoftmaxAttention into every attention module of a transformers model; returns these."""
     config = model.config
-    if config.model_type not in FAMILIES or getattr(config, "add_cross_attention", False):
-        raise ValueError(f"{config.model_type} models (with cross attention) are not supported; "
-                         f"these are: {', '.join(FAMILIES)}")
+    if config.model_type not in FAMILIES or getattr(config, "add_cross_attention", False) or (
+            config.model_type == "bert" and config.is_decoder):
+        raise ValueError(f"{config.model_type} models (with cross attention, or BERT as a decoder) "
+                         f"are not supported; these are: {', '.join(FAMILIES)}")
     modules = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "scaling")]
     for i, module in enumerate(modules):
         module.mix, module.mix_cache, module.layer_idx = SoftmaxAttention(), None, i
@@ -159,7 +160,7 @@ class HuggingFace(nn.Module):
         heads = c.num_attention_heads
         self.config = GPTConfig(                            # of the maps; the model has its own
             vocab_size=getattr(c, "vocab_size", 0), n_layer=len(modules), n_head=heads,
-            n_embd=heads * d, attention="softmax", causal=first.is_causal, position="rotary",
+            n_embd=heads * d, attention="softmax", causal=first.is_causal,
             block_size=getattr(c, "max_position_embeddings", 1024))
 
     def attention_layers(self):
@@ -203,7 +204,7 @@ class HuggingFace(nn.Module):
                 inputs["position_ids"] = (key_mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
-    def hidden(self, idx, caches=None, start=0, key_mask=None):
+    def hidden(self, idx, key_mask=None):
         return self.hf.base_model(**self.inputs(idx, key_mask))[0], []
 
     def forward(self, idx, targets=None, key_mask=None):
@@ -263,25 +264,37 @@ def load(name, kind="CausalLM", device="cpu", **options):
     path, auto = Path(name), getattr(transformers, f"AutoModelFor{kind}")
     try:
         if path.suffix == ".gguf":
-            model, tokenizer = load_gguf(path)
+            (model, tokenizer), info = load_gguf(path), {"missing_keys": []}
         else:
-            model = auto.from_pretrained(name, dtype=torch.float32, **options)
+            model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
+                                               **options)
             processor = transformers.AutoImageProcessor if kind == "ImageClassification" else (
                 transformers.AutoTokenizer)
             tokenizer = processor.from_pretrained(name)
     except Exception as e:                                  # transformers raises many kinds
         raise ValueError(f"{name} is not to be had as a model of transformers ("
                          f"{(str(e).strip() or repr(e)).splitlines()[0][:200]})")
+    words = model.get_input_embeddings()
+    if isinstance(words, nn.Embedding) and len(tokenizer) > words.num_embeddings:
+        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model "
+                         f"{words.num_embeddings}")
     model = HuggingFace(model, tokenizer).to(device)
+    missing = sorted(info["missing_keys"])                  # which are now random numbers
+    if kind == "CausalLM" and model.config.causal and missing:
+        raise ValueError(f"{name}: weights are missing: {', '.join(missing[:3])}")
     settings = getattr(model.hf.config, "hedgehog", None)
     if settings:
         from safetensors.torch import load_file
 
-        model.convert(**settings)
-        maps = load_file(path / "hedgehog.safetensors")
-        for i, layer in enumerate(model.attention_layers()):
-            layer.mix.load_state_dict({key.split(".", 1)[1]: x for key, x in maps.items()
-                                       if key.split(".", 1)[0] == str(i)})
+        try:
+            model.convert(**settings)
+            maps = load_file(path / "hedgehog.safetensors")
+            for i, layer in enumerate(model.attention_layers()):
+                layer.mix.load_state_dict({key.split(".", 1)[1]: x for key, x in maps.items()
+                                           if key.split(".", 1)[0] == str(i)})
+        except Exception as e:                              # damaged, or of another model
+            raise ValueError(f"{path / 'hedgehog.safetensors'} does not hold this model's maps "
+                             f"({str(e).splitlines()[0][:200]})")
     return model
 
 
@@ -305,7 +318,8 @@ def encoding(tokenizer):
     """The tokenizer as tasks.tokenise wants one."""
     return SimpleNamespace(
         name=Path(tokenizer.name_or_path or "tokenizer").name, n_vocab=len(tokenizer),
-        fingerprint=sorted(tokenizer.get_vocab().items()),
+        fingerprint=(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast
+                     else sorted(tokenizer.get_vocab().items())),
         encode_ordinary_batch=lambda texts: tokenizer(  # verbose: no, they are not too long
             texts, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -335,9 +349,12 @@ def own_gpt(name):
     """GPT.from_pretrained (gpt.py)."""
     model = load(name)
     c = model.hf.config
-    if (c.model_type != "gpt2" or c.activation_function != "gelu_new"
-            or c.n_inner not in (None, 4 * c.n_embd)):
-        raise ValueError(f"{name} is a {c.model_type}, but not one with GPT-2's MLP")
+    ours = transformers.GPT2Config(n_embd=c.n_embd, n_inner=c.n_inner)      # GPT-2's defaults
+    if c.model_type != "gpt2" or c.n_inner not in (None, 4 * c.n_embd) or any(
+            getattr(c, key) != getattr(ours, key) for key in (
+                "activation_function", "layer_norm_epsilon", "scale_attn_weights",
+                "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")):
+        raise ValueError(f"{name} is a {c.model_type}, but not one with GPT-2's own settings")
     own = GPT(GPTConfig(vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer,
                         n_head=c.n_head, n_embd=c.n_embd, attention=model.config.attention,
                         feature_dim=model.config.feature_dim))
@@ -354,7 +371,8 @@ def export(own, folder):
         raise ValueError("only a causal language model with learned positions is a GPT-2")
     model = HuggingFace(transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, bos_token_id=None, eos_token_id=None)))
+        n_head=c.n_head, embd_pdrop=c.dropout, resid_pdrop=c.dropout, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None)))
     copy_gpt2(own, model.hf, back=True)
     model.convert(c.attention, c.feature_dim)
     for block, layer in zip(own.blocks, model.attention_layers()):

@@ -378,15 +378,17 @@ def kernels_take(q, v, w_q, causal=True, key_mask=None):
     """Whether fused_attention serves: the one condition by which kernels or PyTorch are chosen.
     Tiles have sides that are powers of two; the largest need a data-centre GPU since Hopper. The
     kernel for one token has no gradient."""
-    X, D, shared = q.size(-1), v.size(-1), gpu()[0]
-    large = v.dtype == torch.bfloat16 and shared >= LARGE
+    X, D, dtype, shared = q.size(-1), v.size(-1), v.dtype, gpu()[0]
+    if torch.is_autocast_enabled("cuda"):                   # what fused_attention will compute in
+        dtype = torch.get_autocast_dtype("cuda")
+    large = dtype == torch.bfloat16 and shared >= LARGE
     F_max, D_max = (256, 128) if large else (128, 64)
     return (v.is_cuda and hasattr(triton, "compile") and shared >= SMALL and v.numel() > 0
             and causal and key_mask is None and (v.size(2) > 1 or not torch.is_grad_enabled())
             and v.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and X in (16, 32, 64, 128, 256) and D in (16, 32, 64, 128) and D <= D_max
             and (X <= F_max if w_q is None else 2 * X <= F_max and w_q.size(-1) == X)
-            and (v.dtype != torch.float16 or q.dtype == v.dtype))       # exp's features overflow
+            and (dtype != torch.float16 or q.dtype == dtype))           # exp's features overflow
 
 
 @torch.compiler.assume_constant_result
@@ -438,7 +440,7 @@ def forward_outputs(q, k, v, w_q, w_k, state):
     (B, H, T, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
     N = -(-T // segment_length(B, H, T))
     before = (0,) if N == 1 and state is None else (B, H, N + 1, D + 1, F)
-    return [torch.empty_like(v), *(v.new_empty(shape, dtype=torch.float32) for shape in (
+    return [rows_contiguous(torch.empty_like(v)), *(v.new_empty(x, dtype=torch.float32) for x in (
         (B, H, T), (B, H, D + 1, F), before))]
 
 
@@ -465,8 +467,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Mayb
 def backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate):
     """Empty gradients of q, k, v, w_q, w_k and of the first state."""
     (B, H, _, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
-    return [*(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, w_q, w_k)),
-            inv_den.new_empty((B, H, D + 1, F) if before.numel() else 0)]
+    dfirst = inv_den.new_empty((B, H, D + 1, F) if before.numel() else 0)
+    return [*(v.new_empty(0) if x is None else rows_contiguous(torch.empty_like(x))
+              for x in (q, k, v, w_q, w_k)), dfirst]
 
 
 @torch.library.custom_op("hedgehog::attention_backward", mutates_args=())
@@ -539,8 +542,15 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
 
     q, k (B, H, T, d) with any strides and Hedgehog's w_q, w_k (H, d, d), or without these features
     (B, H, T, F). Returns y and the state (S, z) after the last token; gradients flow to all inputs,
-    through the states too.
+    through the states too, in reverse mode and once.
     """
+    (B, H, T, D), X = v.shape, q.size(-1)
+    S, z = state or (None, None)
+    F = X if w_q is None else 2 * X
+    for name, x, shape in (("q", q, (B, H, T, X)), ("k", k, (B, H, T, X)), ("w_q", w_q, (H, X, X)),
+                           ("w_k", w_k, (H, X, X)), ("S", S, (B, H, F, D)), ("z", z, (B, H, F))):
+        if x is not None and x.shape != shape:              # kernels would read past the end
+            raise ValueError(f"{name} is {tuple(x.shape)} and not {shape}, as v is {(B, H, T, D)}")
     dtype = v.dtype                                         # fp32 maps work in a bf16 model
     if torch.is_autocast_enabled(v.device.type):
         dtype = torch.get_autocast_dtype(v.device.type)
@@ -550,7 +560,7 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     if v.size(2) == 1 and state is not None and not torch.is_grad_enabled():
         S, z = (x.float().contiguous() for x in state)
-        y, after = torch.empty_like(v), (torch.empty_like(S), torch.empty_like(z))
+        y, after = rows_contiguous(torch.empty_like(v)), (torch.empty_like(S), torch.empty_like(z))
         with torch.cuda.device_of(v):
             step_kernel[(v.size(0) * v.size(1),)](
                 q, k, v, w_q, w_k, y, S, z, *after, q.stride(), k.stride(), v.stride(), y.stride(),

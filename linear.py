@@ -87,7 +87,7 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
             num = num + phi_q @ S[:, :, :-1]
             den = den + phi_q @ z[:, :, :-1].unsqueeze(-1)
         y = (num / (den + EPS)).flatten(2, 3)[:, :, :T]     # (B, H, T, D)
-        return y.to(dtype), (S[:, :, -1], z[:, :, -1])
+        return y.to(dtype), (S[:, :, -1].clone(), z[:, :, -1].clone())      # not views of all
 
 
 # --- 3. One token at a time -----------------------------------------------------------------------
@@ -103,7 +103,7 @@ def recurrent_step(phi_q, phi_k, v, state=None):
     with torch.autocast(v.device.type, enabled=False):
         phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
         if state is None:
-            S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k     # (B, H, F, D), (B, H, F)
+            S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k.clone()     # (B, H, F, D or no D)
         else:
             S = torch.addcmul(state[0], phi_k.unsqueeze(-1), v.unsqueeze(-2))
             z = state[1] + phi_k

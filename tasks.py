@@ -217,11 +217,18 @@ def load_bins(folder, name, o):
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
         dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta.get("dtype", "uint16")]
-        counts = {split: dict(meta.get(split, {})) for split in SPLITS}
+        counts = {split: {key: float(x) for key, x in dict(meta.get(split, {})).items()}
+                  for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{folder / 'meta.json'} is missing, or names no tokenizer and "
-                         "vocab_size, or another dtype than uint16 and uint32")
+                         "vocab_size, or counts that are no numbers, or another dtype than uint16 "
+                         "and uint32")
+    if o.tokenizer not in ("", tokenizer):
+        raise ValueError(f"{folder} holds tokens of {tokenizer}, not {o.tokenizer}")
     paths = {split: folder / f"{split}.bin" for split in SPLITS}
+    for path in paths.values():
+        if path.exists() and path.stat().st_size % dtype().itemsize:
+            raise ValueError(f"{path} ends within a token of {meta.get('dtype', 'uint16')}")
     splits = {split: np.fromfile(path, dtype) for split, path in paths.items() if path.exists()}
     return Text(name, tokenizer, vocab_size, splits, counts, o.block_size)
 
@@ -468,6 +475,8 @@ class Responses:
                 x = json.loads(line)
                 prompt, response = ((x["prompt"], x["response"]) if "prompt" in x else (
                     f"Summarize this dialog:\n{x['dialogue']}\n---\nSummary:\n", x["summary"]))
+                if not isinstance(prompt, str) or not isinstance(response, str):
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}, line {number}: no JSON with prompt and response, or "
                                  "dialogue and summary")
@@ -539,7 +548,11 @@ class Images(Classification):
         self.name, self.tokenizer, self.processor = Path(folder).name, "", processor
         split = Path(folder, "train").is_dir() and Path(folder, "valid").is_dir()
         roots = {s: Path(folder, s) if split else Path(folder) for s in ("train", "valid")}
-        names = sorted(x.name for x in roots["train"].iterdir() if x.is_dir())
+        names, others = (sorted(x.name for x in root.iterdir() if x.is_dir())
+                         for root in roots.values())
+        if set(others) - set(names):
+            raise ValueError(f"--task {folder}: valid has {', '.join(set(others) - set(names))}, "
+                             "train has not")
         self.classes, self.splits = len(names), {}
         for s, root in roots.items():
             files = [(file, label) for label, name in enumerate(names)

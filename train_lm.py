@@ -60,18 +60,18 @@ class Options:
     attention: str = option("hedgehog", "softmax, " + ", ".join(FEATURE_MAPS)
                             + "; a,b: these take turns over the layers")
     feature_dim: int = option(0, "columns of a learned map's W; 0: as many as the head dim", 0)
-    position: str = option("learned", "positions", choices=["learned", "rotary"])
+    position: str = option("learned", "most presets have rotary", choices=["learned", "rotary"])
     n_layer: int = option(4, "blocks", 1)
     n_head: int = option(2, "heads of a block", 1)
     n_embd: int = option(128, "width", 1)
     block_size: int = option(128, "training context in tokens", 1)
     dropout: float = option(0.0, "on embeddings and block outputs", 0, 1)
     # the training
-    steps: int = option(1300, "optimizer steps; 0: as many as --epochs takes", 0)
+    steps: int = option(1300, "optimizer steps, or give --epochs", 0)
     epochs: float = option(0.0, "passes over the data, instead of --steps", 0, 1e6)
     batch_size: int = option(8, "sequences of one step, over all GPUs", 1)
     micro_batch: int = option(16, "sequences at once on a GPU: less memory, the same step", 1)
-    lr: float = option(3e-3, "peak learning rate; the last is a tenth of it", 0, 1e3)
+    lr: float = option(3e-3, "peak learning rate; falls to a tenth of it", 0, 1e3)
     warmup: float = option(0.02, "share of the steps in which the rate rises", 0, 1)
     weight_decay: float = option(0.1, "of matrices", 0, 1e3)
     grad_clip: float = option(1.0, "largest gradient norm; 0: any", 0)
@@ -128,17 +128,22 @@ def resumed(values, given):
     """With --resume the checkpoint's options, of which only some may be given anew."""
     if not given.get("resume"):
         return values
+    if given.get("overwrite"):
+        raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
     o = Options(**values | given)
     saved = load_checkpoint(o.out)["options"]
     for key in given.keys() - CHANGEABLE:
         if given[key] != saved[key]:
             raise ValueError(f"--{key.replace('_', '-')} {given[key]}: the run to --resume has "
-                             f"{saved[key]}, which cannot change; another --out starts anew")
+                             f"{saved[key] or 'its default'}, which cannot change; another "
+                             "--out starts anew")
     moved = o.device.split(":")[0] != saved["device"].split(":")[0]     # to a GPU, or from one
     return {key: saved[key] for key in saved
             if key != "device" and not (moved and key in ("precision", "compile"))}
 
 
+NOT_FINITE = ("the {} is {} at step {}: try a lower --lr or --precision fp32; the last checkpoint "
+              "is untouched")
 # Dense bf16 products a second by name of the card, from the makers' data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
@@ -378,7 +383,10 @@ def train(o, data):
             torch.set_rng_state(state["rng"])
             if o.device.startswith("cuda") and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"])
+        else:                                               # its losses are counted already
+            progress["losses"] = [0.0] * len(progress["losses"])
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        lines = [line for line in lines if line.endswith("}\n")]        # a kill cuts one off
     elif (out / "checkpoint.pt").exists() and not o.overwrite:
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite "
                          "replaces it, --out DIR keeps both")
@@ -407,6 +415,8 @@ def train(o, data):
             progress["seconds"] += time.perf_counter() - begin
             valid = evaluate(raw_model, data, "valid", o, interrupted)
             if valid is not None:
+                if not math.isfinite(valid["loss"]):
+                    raise ValueError(NOT_FINITE.format("validation loss", valid["loss"], step))
                 loss, n = sum_over_processes(o, sum(progress["losses"]), len(progress["losses"]))
                 loss = loss * world() / n if n else None    # None: resumed before the first step
                 line = {"step": step, "tokens": step * tokens, "train_loss": loss,
@@ -421,6 +431,7 @@ def train(o, data):
             begin = time.perf_counter()
         if step >= steps or interrupted:
             break
+        progress.pop("stage", None)                         # distill.py's, trained further, is none
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, o.lr, o.warmup)
         progress["losses"].append(take_step(model, optimizer, data, step, o))
@@ -435,8 +446,7 @@ def train(o, data):
             loss, = sum_over_processes(o, progress["losses"][-1])
             bar.set_postfix_str(f"loss {loss:.3f}")
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr or "
-                                 "--precision fp32; the last checkpoint is untouched")
+                raise ValueError(NOT_FINITE.format("loss", loss, step))
     bar.close()
     test = None
     if "test" in data.splits and not interrupted:

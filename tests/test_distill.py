@@ -572,8 +572,26 @@ def test_without_stage_1_and_with_lora(here):
     was, moved = weights("softmax"), weights("t2r/stage2")
     w_q = moved["blocks.0.attn.mix.feature_map.w_q"]
     assert not torch.equal(w_q, torch.eye(16).expand_as(w_q))       # maps learn with the adapters
-    assert {name for name in was if not torch.equal(moved[name], was[name])} == {
-        f"blocks.{i}.attn.{linear}.weight" for i in (0, 1) for linear in ("qkv", "proj")}
+    for moved in (moved, weights("t2r/softmax")):           # softmax, too, is given adapters
+        assert {name for name in was if not torch.equal(moved[name], was[name])} == {
+            f"blocks.{i}.attn.{linear}.weight" for i in (0, 1) for linear in ("qkv", "proj")}
+
+
+def test_what_an_interrupted_run_left_is_gone(here):
+    Path("left/stage1").mkdir(parents=True)
+    Path("left/softmax").mkdir()
+    result(SHORT, "--out left --no-distill --no-baseline --steps 1")
+    assert {path.name for path in Path("left").iterdir() if path.is_dir()} == {"stage2"}
+
+
+def test_a_stage_that_is_trained_further_is_none(here):
+    """Stage 1's maps are judged in the softmax model, those of a model that trained with them in
+    this model."""
+    result(SHORT, "--out stages --no-baseline --steps 1")
+    assert train_lm.load_checkpoint("stages/stage1")["progress"]["stage"] == "stage1"
+    done = train_lm.load_checkpoint("stages/stage1")["progress"]["step"]
+    result(f"--out stages/stage1 --resume --steps {done + 1}", main=train_lm.main)
+    assert not train_lm.load_checkpoint("stages/stage1")["progress"].get("stage")
 
 
 def test_without_baseline(here):
@@ -715,7 +733,8 @@ def test_glue_from_a_language_model(here):
 @pytest.mark.parametrize("args, words", [
     ("--data text.txt --teacher elu", "elu attention already"),
     ("--data text.txt --teacher text.txt", "not a checkpoint"),
-    ("--data other --teacher softmax", "the model has bytes tokens of 256"),
+    ("--data other --teacher softmax", "other holds tokens of gpt2, not bytes"),
+    ("--data more --teacher softmax", "the model has bytes tokens of 256"),
     ("--data empty.txt --teacher softmax", "empty.txt"),
     ("--data text.txt --teacher softmax --out gone", "--overwrite"),
     ("--task nothing --teacher softmax", "nothing"),
@@ -737,6 +756,9 @@ def test_glue_from_a_language_model(here):
     ("--task short --teacher softmax", "no examples"),
     ("--task none --teacher softmax", "no examples"),
     ("--data text.txt --teacher gone/softmax --out gone --overwrite", "overwrite its own teacher"),
+    ("--data text.txt --teacher softmax --out softmax --overwrite", "overwrite its own teacher"),
+    ("--data text.txt --teacher softmax/checkpoint.pt --out softmax", "overwrite its own teacher"),
+    ("--task short --teacher softmax --block-size 64", "more than the 32"),
     ("--task listops --out gone2", "gone2 holds a run already"),
     ("--data recall", "recall is for train_lm.py"),
     ("--resume", "train_lm.py's"), ("--sample x", "train_lm.py's"),
@@ -744,10 +766,11 @@ def test_glue_from_a_language_model(here):
 ])
 def test_one_clear_line_and_exit_code_2(here, args, words):
     Path("empty.txt").write_text("")
-    Path("other").mkdir(exist_ok=True)
-    for split in ("train", "valid"):
-        np.arange(100, dtype=np.uint16).tofile(f"other/{split}.bin")
-    Path("other/meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 300}')
+    for name, tokenizer in (("other", "gpt2"), ("more", "bytes")):
+        Path(name).mkdir(exist_ok=True)
+        for split in ("train", "valid"):
+            np.arange(100, dtype=np.uint16).tofile(f"{name}/{split}.bin")
+        Path(name, "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "vocab_size": 300}))
     write_tsv("bad", "a\tb\n1\t2\n", "a\tb\n1\t2\n")
     write_tsv("short", "sentence\tlabel\nx\n", "sentence\tlabel\nx\t1\n")
     write_tsv("none", "sentence\tlabel\nx\t1\n", "sentence\tlabel\n")

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from gpt import GPT, linear_cross_entropy, rotate
 from hedgehog import (FEATURE_MAPS, GPTConfig, LinearAttention, Performer, entropy,
-                      softmax_attention, softmax_attention_weights)
+                      hedgehog_attention, monotonicity, softmax_attention,
+                      softmax_attention_weights)
 from linear import linear_attention_weights
 
 B, H, T, D = 2, 3, 11, 8
@@ -109,6 +110,51 @@ def test_performer_expectation():
     assert (b - softmax_attention_weights(q, k)).abs().max() > 0.01
     w = few.w / few.w.norm(dim=1, keepdim=True)
     assert torch.allclose(w @ w.T, torch.eye(8, dtype=torch.float64), atol=1e-6)
+
+
+def test_weights_and_figures_in_low_precision():
+    """As exact as in fp32, under autocast too."""
+    q, k = (x.float() for x in qk())
+    exact = softmax_attention_weights(q, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(softmax_attention_weights(q, k), exact)
+    assert entropy(exact.half()) == pytest.approx(entropy(exact).item(), abs=1e-2)
+    assert entropy(torch.full((1, 1, 2, 2**14), 2.0**-14).half()).item() == pytest.approx(
+        14 * math.log(2), abs=1e-3)
+
+
+def test_fp32_maps_in_a_bf16_model():
+    q, k = (x.bfloat16() for x in qk())
+    w = torch.eye(q.size(-1)).expand(q.size(1), -1, -1)
+    assert hedgehog_attention(q, k, k, w, w)[0].dtype == torch.bfloat16
+
+
+def test_queries_that_continue_see_the_keys_before():
+    """Three queries against the keys of eleven tokens: the last three rows of all."""
+    q, k = (x[:, :, :11] for x in qk())
+    whole = softmax_attention(q, k, k)
+    assert torch.allclose(softmax_attention(q[:, :, 8:], k, k), whole[:, :, 8:])
+
+
+def test_no_tokens():
+    q, k = qk()
+    mask = torch.ones(q.size(0), T)
+    y, _ = LinearAttention(FEATURE_MAPS["hedgehog"](config()).double())(
+        *(x[:, :, :0] for x in (q, k, k)), None, True, mask)
+    assert y.numel() == 0
+    assert monotonicity(torch.rand(*q.shape[:2], 0, T), q[:, :, :0], k, True, mask) == 0
+
+
+@pytest.mark.parametrize("values", [dict(n_head=0), dict(feature_dim=-1)])
+def test_configs_that_cannot_be(values):
+    with pytest.raises(ValueError, match="below"):
+        GPTConfig(**values)
+
+
+def test_cosformer_ends_where_its_weights_would_be_negative():
+    q = torch.randn(1, 2, 65, 16)
+    with pytest.raises(ValueError, match="up to 64 tokens"):
+        FEATURE_MAPS["cosformer"](config("cosformer", position="rotary"))(q, q, torch.arange(65))
 
 
 def test_cosformer_weighs_by_distance():
@@ -327,6 +373,7 @@ def test_wide_maps(name):
     assert torch.equal(fresh.w_q[..., :D], torch.eye(D).expand(H, D, D))
     rest = fresh.w_q[..., D:]                               # columns of a rotation
     assert torch.allclose(rest.mT @ rest, torch.eye(12 - D), atol=1e-5)
+    assert not torch.allclose(rest, torch.eye(D)[:, :12 - D].expand_as(rest), atol=0.1)
     _, phi_q, phi_k = features(name, *qk(), feature_dim=12)
     assert phi_q.size(-1) == phi_k.size(-1) == (12 if name == "t2r" else 24)
     gpt, idx = model(name, feature_dim=12), torch.randint(0, 50, (B, 20))

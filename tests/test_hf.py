@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,6 +280,18 @@ def test_scaling_and_fp32_maps_in_a_bf16_model(stock):
     for layer in low.attention_layers():
         layer.mix.float()
     assert ((logits(low, idx, None) - exact).norm() / exact.norm()) < 0.1
+    assert torch.isfinite(logits(low.convert("performer"), idx, None)).all()    # w is a buffer
+    low.hf.save_pretrained("low")
+    tokenizer("low")
+    assert {p.dtype for p in hf.load("low").hf.parameters()} == {torch.float32}
+
+
+def test_an_odd_head_dim(stock):
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=270, n_positions=64, n_embd=20, n_layer=1, n_head=4)).eval()
+    idx, _ = batch("gpt2")
+    theirs = model(input_ids=idx).logits
+    assert torch.allclose(logits(hf.HuggingFace(model), idx, None), theirs, atol=1e-5)
 
 
 def options(tmp, **more):
@@ -343,36 +356,46 @@ def test_gpt2_is_our_gpt_and_back(stock, attention):
     stock("gpt2")
     idx, _ = batch("gpt2")
     theirs = load("gpt2").convert(attention)
+    for p in (p for layer in theirs.attention_layers() for p in layer.mix.parameters()):
+        p.data += 0.1 * torch.randn_like(p)
     theirs.save("theirs")
     own = GPT.from_pretrained("theirs").eval()
     assert torch.allclose(own(idx)[0], logits(theirs, idx, None), atol=1e-5)
     own.export("back")
     assert torch.equal(logits(load("gpt2", "back"), idx, None), logits(theirs, idx, None))
+    config = transformers.AutoConfig.from_pretrained("back")
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0, 0, 0)
     own.config.causal = False
     with pytest.raises(ValueError, match="causal"):
         own.export("encoder")
-    wide = FAMILIES["gpt2"][1]()
-    wide.n_inner = 40
-    transformers.GPT2LMHeadModel(wide).save_pretrained("wide")
-    tokenizer("wide")
-    with pytest.raises(ValueError, match="MLP"):
-        GPT.from_pretrained("wide")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("n_inner", 40), ("activation_function", "relu"), ("layer_norm_epsilon", 0.1),
+    ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True),
+    ("tie_word_embeddings", False)])
+def test_other_gpt2s_are_not_our_gpt(stock, key, value):
+    config = FAMILIES["gpt2"][1]()
+    setattr(config, key, value)
+    transformers.GPT2LMHeadModel(config).save_pretrained("other")
+    tokenizer("other")
+    with pytest.raises(ValueError, match="own settings"):
+        GPT.from_pretrained("other")
 
 
 def test_tokens_of_two_tokenizers_of_one_name_are_not_mixed_up(stock):
-    """They are kept in the data folder for the next time."""
+    """They are kept in the data folder for the next time. These have one vocabulary, too."""
+    from tokenizers import normalizers
+
     stock("gpt2")
-    Path("text.txt").write_text("some words\n" * 100)
+    Path("text.txt").write_text("SOME WORDS\n" * 100)
     o, found = SimpleNamespace(data="text.txt", data_dir="data", tokenizer="", block_size=8), []
-    for shift in (0, 1):
+    for normalizer in (None, normalizers.Lowercase()):
         t = hf.load("gpt2").tokenizer
-        vocab = {token: (i + shift) % 257 for token, i in t.get_vocab().items()}
-        t.get_vocab = lambda vocab=vocab: vocab
-        encoding = hf.encoding(t)
-        encoding.encode_ordinary_batch = lambda texts: [[vocab[c] for c in "some"] * 20
-                                                        for _ in texts]
-        found.append(tasks.load_data(o, encoding).splits["train"][:4].tolist())
-    assert [x + 1 for x in found[0]] == found[1]
+        if normalizer:
+            t.backend_tokenizer.normalizer = normalizer
+        found.append(t.decode(tasks.load_data(o, hf.encoding(t)).splits["train"][:10].tolist()))
+    assert found == ["SOME WORDS", "some words"]
 
 
 def run(capsys, *args):
@@ -501,6 +524,10 @@ def test_bert_on_glue_and_vit_on_images(stock, capsys):
                          "--teacher-steps", 3)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["figure"] == "accuracy"
+    for name in ("train/a", "train/b", "valid/a", "valid/z"):
+        shutil.copytree("images/a", f"split/{name}")
+    with pytest.raises(ValueError, match="valid has z"):
+        tasks.Images("split", None)
 
 
 def test_one_clear_line(stock, capsys, monkeypatch):
@@ -522,6 +549,18 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     Path("d.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 20)
     Path("CoLA").mkdir()
     Path("CoLA/train.tsv").write_text("s\t1\t\tgood\n" * 20)
+    Path("list.jsonl").write_text('{"prompt": ["a"], "response": "b"}\n')
+    decoder = FAMILIES["bert"][1]()
+    decoder.is_decoder = True
+    transformers.BertLMHeadModel(decoder).save_pretrained("decoder")
+    tokenizer("decoder")
+    load("llama").hf.model.save_pretrained("base")
+    tokenizer("base")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=100, n_embd=8, n_layer=1, n_head=1)).save_pretrained("small")
+    tokenizer("small")
+    load("llama").convert("hedgehog").save("damaged")
+    Path("damaged/hedgehog.safetensors").write_bytes(b"x" * 20)
     load("llama").hf.save_pretrained("endless")
     tokenizer("endless", bos_token="<eos>")
     for args, words in (
@@ -532,6 +571,11 @@ def test_one_clear_line(stock, capsys, monkeypatch):
             ("--teacher endless --data d.jsonl", "no token to end a response"),
             ("--teacher llama --data empty.jsonl", "too few examples"),
             ("--teacher llama --data bad.jsonl", "line 1"),
+            ("--teacher llama --data list.jsonl", "line 1"),
+            ("--teacher decoder --data d.jsonl", "BERT as a decoder"),
+            ("--teacher base --data d.jsonl", "weights are missing: lm_head.weight"),
+            ("--teacher small --data d.jsonl", "the tokenizer has 257 tokens, the model 100"),
+            ("--teacher damaged --data d.jsonl", "does not hold this model's maps"),
             ("--teacher wrong.gguf --data bad.jsonl", "wrong.gguf is not"),
             ("--teacher bert --data d.jsonl", "an encoder is for --task"),
             ("--teacher bert --task CoLA --block-size 65", "positions up to 64"),

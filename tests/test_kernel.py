@@ -5,7 +5,7 @@ import torch
 
 from hedgehog import FEATURE_MAPS, GPTConfig, linear_attention
 from linear import (chunked_linear_attention, linear_attention_weights, naive_linear_attention,
-                    recurrent_linear_attention)
+                    recurrent_linear_attention, recurrent_step)
 
 LENGTHS = [1, 15, 16, 17, 63, 65, 130]
 
@@ -88,6 +88,7 @@ def test_no_match_is_zero_and_not_nan():
     phi_q, phi_k, v = features("relu", 9)
     for y in (naive_linear_attention(0 * phi_q, phi_k, v),
               chunked_linear_attention(0 * phi_q, phi_k, v)[0],
+              chunked_linear_attention(0 * phi_q, phi_k, v, causal=False)[0],
               recurrent_linear_attention(0 * phi_q, phi_k, v)[0]):
         assert (y == 0).all()
 
@@ -103,7 +104,12 @@ def test_low_precision_sums_in_fp32(dtype):
         assert z.item() == 4096
         assert abs(y[0, 0, -1].item() - 0.5) < 0.005
     with torch.autocast("cpu", torch.bfloat16):
-        assert chunked_linear_attention(one, one, v)[1][1].item() == 4096
+        S, z = chunked_linear_attention(one, one, v)[1]
+        assert z.item() == 4096
+        assert S.untyped_storage().nbytes() == z.untyped_storage().nbytes() == 4    # no views
+        state = torch.full((1, 1, 1, 1), 2049.0), torch.full((1, 1, 1), 4097.0)
+        y, (S, z) = recurrent_step(*(x[:, :, 0] for x in (one, one, v)), state)
+        assert y.item() == 0.5 and z.item() == 4098
 
 
 @pytest.mark.parametrize("c", [1e-9, 1e9])

@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import math
 import os
 import resource
 import shlex
@@ -211,6 +212,9 @@ def test_folder_of_bins(small_bpe):
     assert (tasks.load_data(options(data="d")).splits["train"] == ids + 60000).all()
     Path("d/valid.bin").write_bytes(b"")
     assert "has 0 tokens" in failure(command)
+    Path("d/valid.bin").write_bytes(bytes(1001))
+    assert "ends within a token" in failure(command)
+    assert "holds tokens of x, not bytes" in failure(command, "--tokenizer bytes")
     Path("d/meta.json").unlink()
     assert "meta.json" in failure(command)
 
@@ -220,7 +224,7 @@ def test_folder_of_bins(small_bpe):
     (dict(dtype="float32"), "meta.json"), (dict(dtype=["uint16"]), "meta.json"),
     (dict(vocab_size="many"), "meta.json"),
     (dict(vocab_size=float("inf")), "meta.json"),
-    (dict(valid=5), "meta.json"),
+    (dict(valid=5), "meta.json"), (dict(valid={"words": "many"}), "meta.json"),
     (["x"], "meta.json"), ({}, "meta.json"),
 ])
 def test_meta_json_that_does_not_fit(meta, words):
@@ -400,7 +404,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(number):
         assert process.returncode == 130
         assert out.endswith("to go on: python train_lm.py --resume --out o\n")
     with open("o/log.jsonl", "a") as f:                     # logged, but not in the checkpoint
-        f.write(json.dumps({"step": 59, "train_loss": 0.0}) + "\n")
+        f.write(json.dumps({"step": 59, "train_loss": 0.0}) + '\n{"step": 60, "tr')
     Path("o/checkpoint.pt.part-1").write_bytes(b"killed while saving")
     result("--out o --resume")
     assert log("o") == log("whole") and not list(Path("o").glob("*.part*"))
@@ -499,6 +503,7 @@ def test_resumed_options():
     """What may change is applied, what may not is refused by name, the rest is the checkpoint's."""
     result(TINY)
     for args, words in (("--n-layer 2", "--n-layer 2: the run to --resume has 1"),
+                        ("--tokenizer bytes", "has its default"), ("--overwrite", "one of them"),
                         ("--seed 1", "--seed 1"), ("--attention elu", "has hedgehog"),
                         ("--data-dir x --steps 6", "is finished")):
         assert words in failure("--out o --resume", args)
@@ -665,6 +670,30 @@ def test_without_clipping_a_run_trains():
     assert log("o")[-1]["train_loss"] < log("o")[0]["train_loss"]
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_weights_that_are_no_numbers_are_not_saved(every):
+    """Neither where the loss shows it nor where the evaluation does first."""
+    line = failure(SHAPE, f"--out o --steps 4 --lr 1000 --grad-clip 0 --eval-every {every} "
+                   "--precision bf16 --weight-decay 1000")
+    assert "is untouched" in line and not Path("o/result.json").exists()
+    if Path("o/checkpoint.pt").exists():
+        state = train_lm.load_checkpoint("o")
+        assert all(torch.isfinite(x).all() for x in state["model"].values())
+        assert math.isfinite(state["progress"]["valid"]["loss"])
+
+
+def test_the_test_split_is_tested():
+    r = result(TINY)
+    model, data = train_lm.load_model("o", "cpu")[0], tasks.load_data(options())
+    assert r["test"] == train_lm.evaluate(model, data, "test", options(micro_batch=2)) != r["valid"]
+
+
+def test_epochs_are_passes_over_the_data():
+    data = tasks.load_data(options())
+    r = result(SHAPE, "--out o --epochs 0.5")
+    assert r["steps"] == pytest.approx(0.5 * data.num_examples("train") / 4, abs=1)
+
+
 def test_other_dropout_in_each_process(monkeypatch):
     data, seeds = tasks.load_data(options()), []
     monkeypatch.setattr(train_lm, "rank", lambda: 1)
@@ -694,6 +723,19 @@ def test_two_processes_give_the_losses_of_one(args):
     for a, b in zip(one, two):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["valid"] == pytest.approx(b["valid"], rel=1e-5)
+
+
+def test_a_run_of_one_process_goes_on_with_two(monkeypatch):
+    """The losses since the last evaluation count once."""
+    result(TINY, "--eval-every 6 --out one")
+    with monkeypatch.context() as patch:
+        ctrl_c_in(patch, "take_step", 3)
+        assert run(TINY, "--eval-every 6 --out two")[0] == 130
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    train_lm.__file__, "--resume", "--out", "two"], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    for a, b in zip(log("one"), log("two"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

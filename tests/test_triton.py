@@ -180,7 +180,7 @@ def test_one_segment_in_parts(monkeypatch, poison):
 
 
 @pytest.mark.parametrize("B, H, T", [(64, 12, 1024), (16, 12, 4096), (8, 12, 8192), (1, 12, 65536),
-                                     (1, 1, 10), (3, 5, 1000)])
+                                     (1, 12, 62000), (1, 1, 10), (3, 5, 1000)])
 def test_segment_lengths(B, H, T, monkeypatch):
     """They are whole chunks, and fill the GPU where there are enough tokens."""
     monkeypatch.undo()
@@ -240,6 +240,8 @@ def test_the_dispatcher(monkeypatch):
     (False, 0, "bfloat16", 8, 64, 64, True, None, True),            # a card without bf16
     (False, "LARGE", "float64", 8, 64, 64, True, None, True),
     (False, "LARGE", "bfloat16", 8, 48, 64, True, None, True),      # no power of two
+    (False, "LARGE", "bfloat16", 8, 64, 48, True, None, True),
+    (False, "LARGE", "float32", 8, 64, 128, True, None, True),
     (False, "LARGE", "bfloat16", 1, 64, 64, True, None, True),      # a step has no gradient
     (True, "LARGE", "bfloat16", 1, 64, 64, True, None, False),
     (False, "LARGE", "bfloat16", 0, 64, 64, True, None, False),     # nothing to launch
@@ -259,8 +261,14 @@ def test_what_the_kernels_take(takes, shared, dtype, T, d, D, learned, features,
     with torch.set_grad_enabled(grad):
         arguments = q, v, w if learned else None
         assert kernel.kernels_take(*arguments) == takes
+        if learned:
+            assert not kernel.kernels_take(q, v, torch.empty(3, d, 2 * d))
         assert not kernel.kernels_take(*arguments, causal=False)
         assert not kernel.kernels_take(*arguments, key_mask=torch.ones(2, T))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float16)
+        if q.dtype != torch.float16:                        # it would overflow as fp16
+            assert not kernel.kernels_take(*arguments)
 
 
 @interpreted
@@ -283,9 +291,29 @@ def test_strides(poison):
     exact = output_and_gradients(hedgehog_naive, inputs, dy, torch.float64)
     assert_close(output_and_gradients(function, [*strided, *inputs[3:]], dy), exact, 1e-5)
     assert_close(output_and_gradients(function, [columns, *inputs[1:]], dy), exact, 1e-5)
+    turned = [w.mT.contiguous().mT for w in inputs[3:]]
+    assert_close(output_and_gradients(function, [*inputs[:3], *turned], dy), exact, 1e-5)
+    windows = torch.randn(1, 2, 33, device=DEVICE).unfold(-1, 16, 1)       # rows that overlap
+    for i in range(3):
+        xs = [*inputs[:i], windows, *inputs[i + 1:]]
+        assert_close(output_and_gradients(function, xs, dy),
+                     output_and_gradients(hedgehog_naive, xs, dy, torch.float64), 1e-5)
     one = torch.ones((), device=DEVICE).expand_as(dy)                      # what y.sum() sends back
     assert_close(output_and_gradients(function, inputs, one),
                  output_and_gradients(hedgehog_naive, inputs, one, torch.float64), 1e-5)
+
+
+@interpreted
+def test_shapes_that_do_not_fit():
+    """Kernels would read past the end of what is there."""
+    q, k, v, w_q, w_k, _ = random_inputs(2, 2, 5, 16)
+    S, z = torch.zeros(2, 2, 32, 16), torch.zeros(2, 2, 32)
+    for xs, name in (((q, k[:, :1], v, w_q, w_k), "k"), ((q[:, :, :3], k, v, w_q, w_k), "q"),
+                     ((q, k, v, w_q[0], w_k), "w_q"), ((q, k, v, w_q, w_k[:1]), "w_k"),
+                     ((q, k, v, w_q, w_k, (S[:1], z)), "S"),
+                     ((q, k, v, w_q, w_k, (S, z[:1])), "z")):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            fused_attention(*xs)
 
 
 @interpreted
