@@ -293,11 +293,12 @@ def test_strides(poison):
     assert_close(output_and_gradients(function, [columns, *inputs[1:]], dy), exact, 1e-5)
     turned = [w.mT.contiguous().mT for w in inputs[3:]]
     assert_close(output_and_gradients(function, [*inputs[:3], *turned], dy), exact, 1e-5)
-    windows = torch.randn(1, 2, 33, device=DEVICE).unfold(-1, 16, 1)       # rows that overlap
+    windows = torch.randn(1, 2, 22, device=DEVICE).unfold(-1, 16, 1)       # rows that overlap
     for i in range(3):
-        xs = [*inputs[:i], windows, *inputs[i + 1:]]
-        assert_close(output_and_gradients(function, xs, dy),
-                     output_and_gradients(hedgehog_naive, xs, dy, torch.float64), 1e-5)
+        xs = [x[:, :, :7] for x in inputs[:3]] + inputs[3:]
+        xs[i] = windows
+        assert_close(output_and_gradients(function, xs, dy[:, :, :7]),
+                     output_and_gradients(hedgehog_naive, xs, dy[:, :, :7], torch.float64), 1e-5)
     one = torch.ones((), device=DEVICE).expand_as(dy)                      # what y.sum() sends back
     assert_close(output_and_gradients(function, inputs, one),
                  output_and_gradients(hedgehog_naive, inputs, one, torch.float64), 1e-5)
