@@ -35,7 +35,7 @@ def watching(layers, look):
 
 
 def run_layers(model, idx, targets=None, key_mask=None):
-    """As far as attention can be watched: no logits, no loss."""
+    """Runs the model on a task's batch for those who watch its attention: no logits, no loss."""
     return model.hidden(idx, key_mask=key_mask)
 
 

@@ -77,8 +77,8 @@ def one_line_errors(program, run):
     except KeyboardInterrupt:                               # a second one, or before training
         print("stopped", file=sys.stderr)
         return 130
-    except torch.cuda.OutOfMemoryError:
-        message = "out of GPU memory: give a smaller --micro-batch"
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        message = "out of memory: give a smaller --micro-batch"
     except OSError as e:
         message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except (ValueError, argparse.ArgumentError) as e:

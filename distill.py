@@ -342,7 +342,7 @@ def log(o, line):
 
 def train(name, model, task, o, steps, lr, rank=0):
     """finetune() all parameters or, with a rank, the maps and adapters of that rank; saved in
-    OUT/NAME, where train_lm.py --resume goes on."""
+    OUT/NAME, where train_lm.py --resume goes on with a language model of its own."""
     groups = None
     if rank:
         model.requires_grad_(False)

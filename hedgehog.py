@@ -94,9 +94,10 @@ def hedgehog_features(x, w):
 class FeatureMap(nn.Module):
     """phi: called with q, k (B, H, T, d) and positions (T,), returns phi_q, phi_k (B, H, T, F).
 
-    A new map is a subclass and a line in FEATURE_MAPS; attention calls nothing else. Features must
-    give phi(q).phi(k) >= 0. A factor that all of one query's features share cancels in the
-    normalised weights; a factor on one key's features does not.
+    A new map is a subclass and a line in FEATURE_MAPS; attention calls nothing else (of Hedgehog
+    itself it takes w_q and w_k). Features must give phi(q).phi(k) >= 0. A factor that all of one
+    query's features share cancels in the normalised weights; a factor on one key's features does
+    not.
     """
 
     def __init__(self, config):

@@ -54,7 +54,7 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
     """The same in O(T): all pairs only inside chunks, everything earlier through the state.
 
     `state` is the (S, z) that an earlier segment returned, or None. Sums are kept in fp32 (fp64 for
-    fp64 inputs), under autocast too. Differentiable in all inputs.
+    an fp64 v), under autocast too. Differentiable in all inputs.
     Returns y (B, H, T, D) in v's dtype and the state (S, z) after the last token.
     """
     dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)

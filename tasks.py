@@ -445,7 +445,8 @@ class Responses:
     the response alone. A line has dialogue and summary, or prompt and response.
 
     FILE.jsonl is cut into 90 % to train on and 10 % to judge by, unless it is called train.jsonl
-    and valid.jsonl lies beside it.
+    and valid.jsonl lies beside it. A response is cut at half of block_size tokens, and one that is
+    generated for ROUGE at 64.
     """
     figure = "perplexity"
 

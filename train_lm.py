@@ -174,7 +174,7 @@ def start(o):
         torch.zeros(1, device=o.device).tolist()
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {o.device}: {str(e).splitlines()[0]}")
-    if ":" in o.device:                                     # cuda:1 is where all else looks, too
+    if o.device.startswith("cuda:"):                        # cuda:1 is where all else looks, too
         torch.cuda.set_device(o.device)
     if o.precision == "bf16":                               # what autocast leaves in fp32 uses tf32
         torch.set_float32_matmul_precision("high")
