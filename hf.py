@@ -264,10 +264,11 @@ def load(name, kind="CausalLM", device="cpu", **options):
     path, auto = Path(name), getattr(transformers, f"AutoModelFor{kind}")
     try:
         if path.suffix == ".gguf":
-            (model, tokenizer), info = load_gguf(path), {"missing_keys": []}
+            model, tokenizer, missing = load_gguf(path)
         else:
             model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
                                                **options)
+            missing = info["missing_keys"]                  # these weights are random numbers
             processor = transformers.AutoImageProcessor if kind == "ImageClassification" else (
                 transformers.AutoTokenizer)
             tokenizer = processor.from_pretrained(name)
@@ -279,9 +280,8 @@ def load(name, kind="CausalLM", device="cpu", **options):
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model "
                          f"{words.num_embeddings}")
     model = HuggingFace(model, tokenizer).to(device)
-    missing = sorted(info["missing_keys"])                  # which are now random numbers
     if kind == "CausalLM" and model.config.causal and missing:
-        raise ValueError(f"{name}: weights are missing: {', '.join(missing[:3])}")
+        raise ValueError(f"{name}: weights are missing: {', '.join(sorted(missing)[:3])}")
     settings = getattr(model.hf.config, "hedgehog", None)
     if settings:
         from safetensors.torch import load_file
@@ -299,7 +299,8 @@ def load(name, kind="CausalLM", device="cpu", **options):
 
 
 def load_gguf(path):
-    """Model and tokenizer of a GGUF file (Llama's architecture), its weights as fp32."""
+    """Model, its weights as fp32, and tokenizer of a GGUF file (Llama's architecture), and the
+    names of the weights that it has not."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -307,11 +308,9 @@ def load_gguf(path):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model,
                                    torch_dtype=torch.float32)["tensors"]
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    if set(missing) - {"lm_head.weight"}:
-        raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
+    missing = set(model.load_state_dict(weights, strict=False).missing_keys) - {"lm_head.weight"}
     model.tie_weights()
-    return model, tokenizer
+    return model, tokenizer, missing
 
 
 def encoding(tokenizer):

@@ -440,7 +440,7 @@ def forward_outputs(q, k, v, w_q, w_k, state):
     (B, H, T, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
     N = -(-T // segment_length(B, H, T))
     before = (0,) if N == 1 and state is None else (B, H, N + 1, D + 1, F)
-    return [rows_contiguous(torch.empty_like(v)), *(v.new_empty(x, dtype=torch.float32) for x in (
+    return [torch.empty_like(v), *(v.new_empty(x, dtype=torch.float32) for x in (
         (B, H, T), (B, H, D + 1, F), before))]
 
 
@@ -467,9 +467,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w_q: Maybe, w_k: Maybe, state: Mayb
 def backward_outputs(q, k, v, w_q, w_k, before, y, inv_den, dy, dstate):
     """Empty gradients of q, k, v, w_q, w_k and of the first state."""
     (B, H, _, D), F = v.shape, q.size(-1) * (1 if w_q is None else 2)
-    dfirst = inv_den.new_empty((B, H, D + 1, F) if before.numel() else 0)
-    return [*(v.new_empty(0) if x is None else rows_contiguous(torch.empty_like(x))
-              for x in (q, k, v, w_q, w_k)), dfirst]
+    return [*(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, w_q, w_k)),
+            inv_den.new_empty((B, H, D + 1, F) if before.numel() else 0)]
 
 
 @torch.library.custom_op("hedgehog::attention_backward", mutates_args=())
@@ -534,7 +533,8 @@ forward.register_autograd(gradients, setup_context=save_for_backward)
 
 
 def rows_contiguous(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x with rows that lie whole and apart in memory, as those of empty_like(x) then do, too."""
+    return x if x.stride(-1) == 1 and x.stride(-2) >= x.size(-1) else x.contiguous()
 
 
 def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
@@ -560,7 +560,7 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     if v.size(2) == 1 and state is not None and not torch.is_grad_enabled():
         S, z = (x.float().contiguous() for x in state)
-        y, after = rows_contiguous(torch.empty_like(v)), (torch.empty_like(S), torch.empty_like(z))
+        y, after = torch.empty_like(v), (torch.empty_like(S), torch.empty_like(z))
         with torch.cuda.device_of(v):
             step_kernel[(v.size(0) * v.size(1),)](
                 q, k, v, w_q, w_k, y, S, z, *after, q.stride(), k.stride(), v.stride(), y.stride(),

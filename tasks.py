@@ -217,8 +217,8 @@ def load_bins(folder, name, o):
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
         dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta.get("dtype", "uint16")]
-        counts = {split: {key: float(x) for key, x in dict(meta.get(split, {})).items()}
-                  for split in SPLITS}
+        counts = {split: {key: float(x) for key, x in dict(meta.get(split, {})).items()
+                          if key in ("words", "bytes")} for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{folder / 'meta.json'} is missing, or names no tokenizer and "
                          "vocab_size, or counts that are no numbers, or another dtype than uint16 "

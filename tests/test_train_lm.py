@@ -205,7 +205,7 @@ def test_folder_of_text(small_bpe, pattern):
 def test_folder_of_bins(small_bpe):
     ids = np.random.default_rng(0).integers(0, 258, 1000)
     command = write_bins(ids.astype(np.uint16), tokenizer="gpt2", vocab_size=258,
-                         valid={"words": 200, "bytes": 4000})
+                         valid={"words": 200, "bytes": 4000, "source": "a wiki"})
     r = result(command)
     assert r["config"]["vocab_size"] == 258 and "bits_per_byte" in r["valid"]
     write_bins((ids + 60000).astype(np.uint32), tokenizer="x", vocab_size=70000, dtype="uint32")

@@ -1,6 +1,7 @@
 """The kernels against the definition in float64: in Triton's interpreter on a CPU, with tiles so
 small that small inputs cross their edges, and compiled on a GPU if there is one."""
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -294,9 +295,10 @@ def test_strides(poison):
     turned = [w.mT.contiguous().mT for w in inputs[3:]]
     assert_close(output_and_gradients(function, [*inputs[:3], *turned], dy), exact, 1e-5)
     windows = torch.randn(1, 2, 22, device=DEVICE).unfold(-1, 16, 1)       # rows that overlap
-    for i in range(3):
+    shared = torch.randn(1, 1, 7, 16, device=DEVICE).expand(1, 2, 7, 16)   # one head for all
+    for i, x in itertools.product(range(3), (windows, shared)):
         xs = [x[:, :, :7] for x in inputs[:3]] + inputs[3:]
-        xs[i] = windows
+        xs[i] = x
         assert_close(output_and_gradients(function, xs, dy[:, :, :7]),
                      output_and_gradients(hedgehog_naive, xs, dy[:, :, :7], torch.float64), 1e-5)
     one = torch.ones((), device=DEVICE).expand_as(dy)                      # what y.sum() sends back
