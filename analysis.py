@@ -42,7 +42,8 @@ def run_layers(model, idx, targets=None, key_mask=None):
 @torch.no_grad()
 def measure(model, mixes, task, o):
     """How the weights that `mixes` (one a layer) give compare with softmax's, on the q and k that
-    validation text has in the layers of the model as it is. Returns figure -> list over layers."""
+    the first 32 validation examples have in the layers of the model as it is. Returns figure ->
+    list over layers."""
     layers, softmax, found = model.attention_layers(), SoftmaxAttention(), []
 
     def look(i, q, k, positions, causal, key_mask):

@@ -51,8 +51,13 @@ from train_lm import autocast
 
 @dataclass
 class Options(train_lm.Options):
-    """train_lm.py's options and these. --attention is what the layers are converted to, --steps and
-    --lr are stage 2's; shape, data and batch size are the teacher's where there is one."""
+    """train_lm.py's options and these. --attention is what the layers are converted to. A teacher
+    of train_lm.py gives its shape and, without --task, data and batch size."""
+    data: str = option("", "stdlib, wikitext103, a text file, a folder, or responses in a .jsonl")
+    preset: str = option("", "tiny (default without a GPU), small (with one) or gpt2; --task and "
+                         "--teacher choose listops, glue or hf")
+    position: str = option("learned", "of a teacher that is trained", choices=["learned", "rotary"])
+    epochs: float = option(0.0, "passes over the data, instead of --teacher-steps", 0, 1e6)
     teacher: str = option("", "softmax run of train_lm.py on text, or a model of transformers by "
                           "name, folder or GGUF file (default: one is trained)")
     teacher_steps: int = option(1300, "of a teacher that is trained; 0: as many as --epochs takes",
@@ -63,7 +68,7 @@ class Options(train_lm.Options):
     distill_batch_size: int = option(0, "sequences of a step of stage 1; 0: --batch-size", 0)
     distill_lr: float = option(3e-2, "learning rate of stage 1", 0, 1e3)
     steps: int = option(400, "of stage 2 and of softmax's finetuning", 1)
-    lr: float = option(1e-3, "learning rate of these", 0, 1e3)
+    lr: float = option(1e-3, "peak learning rate of both", 0, 1e3)
     baseline: bool = option(True, "finetune softmax alike")
     lora: int = option(0, "rank of adapters on q, k, v and output projections; with them stage 2 "
                        "trains nothing else but the maps. 0: it trains all", 0)
@@ -433,8 +438,8 @@ def load(run, o):
         model.check_length(o.block_size)
         if o.task:
             return glue_task(o, tokenizer, gpt2_encoding().encode_ordinary
-                             if tokenizer == "gpt2" else lambda text: list(text.encode()),
-                             replace(model.config, block_size=o.block_size)), model, stage
+                             if tokenizer == "gpt2" else lambda text: list(text.encode())
+                             ), model, stage
         data = load_data(o)
         if (data.tokenizer, data.vocab_size) != (tokenizer, model.config.vocab_size):
             raise ValueError(f"--data {o.data} is {data.tokenizer} tokens of {data.vocab_size}, "
@@ -449,8 +454,7 @@ def load(run, o):
             raise ValueError(f"{run}: --task FOLDER with text is for encoders such as BERT")
         model.check_length(o.block_size)
         task = glue_task(o, "", lambda text: model.tokenizer(
-            *text.split("\n", 1), truncation=True, max_length=o.block_size)["input_ids"],
-            replace(model.config, block_size=o.block_size))
+            *text.split("\n", 1), truncation=True, max_length=o.block_size)["input_ids"])
         return task, hf.load(run, "SequenceClassification", o.device, num_labels=task.classes,
                              ignore_mismatched_sizes=True), model.stage
     if o.task:
@@ -472,21 +476,23 @@ def load(run, o):
 
 
 def is_run(path):
-    """Whether this is a run of train_lm.py, its folder or its checkpoint, and not transformers'."""
+    """Whether this is a run of train_lm.py, its folder or its checkpoint. Not one are a folder of
+    transformers, a .gguf file, and what does not exist, which is a model's name."""
     path = Path(path)
-    return (path / "checkpoint.pt").exists() or path.suffix == ".pt" or not (
-        (path / "config.json").exists() or path.suffix == ".gguf" or not path.exists())
+    if (path / "checkpoint.pt").exists() or path.suffix == ".pt":
+        return True
+    return path.exists() and path.suffix != ".gguf" and not (path / "config.json").exists()
 
 
-def glue_task(o, tokenizer, encode, config):
-    splits, figure = glue(Path(o.task), encode, config.block_size)
-    return Classification(Path(o.task).name, tokenizer, config.vocab_size, splits, figure)
+def glue_task(o, tokenizer, encode):
+    splits, figure = glue(Path(o.task), encode, o.block_size)
+    return Classification(Path(o.task).name, tokenizer, splits, figure)
 
 
 def listops_task(o):
     """ListOps and a model that has learned nothing yet."""
     sizes = {"train": o.listops_examples, "valid": 2000}
-    task = Classification("listops", "listops", 15, listops(o.listops_low, o.listops_high, sizes))
+    task = Classification("listops", "listops", listops(o.listops_low, o.listops_high, sizes))
     torch.manual_seed(o.seed)
     return task, GPT(GPTConfig(vocab_size=15, block_size=o.listops_high, n_layer=o.n_layer,
                                n_head=o.n_head, n_embd=o.n_embd, position=o.position,

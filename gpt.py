@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with the attention that config names; with num_classes a classifier of sequences."""
+    """The model of this file; `config` is a GPTConfig."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,8 +207,9 @@ class GPT(nn.Module):
         return self.lm_head(x[:, -1])[:, :self.config.vocab_size].float()
 
     def stepper(self, caches, start, length):
-        """A function from the token at `start` (B, 1) to the logits of the next, then from this one
-        on, up to `length` tokens; `caches` are those of the tokens before.
+        """A function from a token (B, 1) to the logits of the next, (B, vocab_size). Its first call
+        takes the token at position `start`, each later call the one after, up to `length` tokens;
+        `caches` are those of the tokens before `start`.
 
         On a GPU its second call records what a step launches, as a CUDA graph, and later ones
         replay that: Python would take longer to launch the kernels than they take to run.

@@ -14,7 +14,7 @@ Glossary
     q, k, v         q, k, v         (B, H, T, d)        queries, keys, values
     w_q, w_k        W               (H, d, m)           a Hedgehog map's weights, one W a head
     phi_q, phi_k    phi(q), phi(k)  (B, H, T, F)        features
-    S               -               (B, H, F, d)        linear attention's state: sum phi(k) v^T
+    S               -               (B, H, F, D)        linear attention's state: sum phi(k) v^T
     z               -               (B, H, F)           its normaliser: sum of phi(k)
     s               -                                   q.k / sqrt(d), softmax attention's logit
 """
@@ -94,10 +94,11 @@ def hedgehog_features(x, w):
 class FeatureMap(nn.Module):
     """phi: called with q, k (B, H, T, d) and positions (T,), returns phi_q, phi_k (B, H, T, F).
 
-    A new map is a subclass and a line in FEATURE_MAPS; attention calls nothing else (of Hedgehog
-    itself it takes w_q and w_k). Features must give phi(q).phi(k) >= 0. A factor that all of one
-    query's features share cancels in the normalised weights; a factor on one key's features does
-    not.
+    A new map is a subclass and a line in FEATURE_MAPS. Attention only calls it, but for Hedgehog
+    itself, whose w_q and w_k go to the kernels where these serve.
+
+    Features must give phi(q).phi(k) >= 0. A factor that all of one query's features share cancels
+    in the normalised weights; a factor on one key's features does not.
     """
 
     def __init__(self, config):
@@ -109,7 +110,7 @@ class FeatureMap(nn.Module):
 
 def first_maps(config):
     """w_q and w_k (H, d, m), alike: each head starts with the identity (Appendix A) and, where m is
-    above d, random rotations beside it."""
+    above d, random orthogonal matrices beside it."""
     d, m = config.head_dim, config.feature_dim or config.head_dim
     blocks = [torch.eye(d).repeat(config.n_head, 1, 1)]
     blocks += [torch.linalg.qr(torch.randn_like(blocks[0]))[0] for _ in range((m - 1) // d)]
@@ -122,8 +123,8 @@ class Hedgehog(FeatureMap):
 
     The paper's section 4 with the softmax over features that its authors settled on (LoLCATs, arXiv
     2410.10254, Appendix D.1): features are bounded, and W learns to make the weights spiky and
-    monotone in q.k. There is no bias: the 0.495 % of extra parameters that the paper gives for
-    Llama-2-7B are 2 H d^2 a layer, no more. README.md says which other maps carry the name.
+    monotone in q.k. There is no bias (tutorial.md, section 4). README.md says which other maps have
+    this name.
     """
 
     def __init__(self, config):
@@ -137,21 +138,18 @@ class Hedgehog(FeatureMap):
 def exp_features(q, k):
     """exp(q), exp(k), element by element, without overflow.
 
-    Each query is divided by its largest feature, which cancels. A key's exponent stops at 60: below
-    that its features are exact, and a sum over 2^20 tokens of them still fits into fp32 (e^88).
-    Features below e^-60 are 0 and get no gradient, which grows like 1 / feature and can overflow.
+    A query's features are divided by the largest of them, a factor that cancels. A key's exponent
+    stops at 60: below that its features are exact, and a sum over 2^20 tokens of them still fits
+    into fp32 (e^88). Features below e^-60 are 0, without a gradient: it would grow like 1 / feature
+    and could overflow.
     """
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     q = q - q.amax(-1, keepdim=True).detach()
     return tuple(torch.where(x < -60, 0.0, x.exp()) for x in (q, k.clamp(max=60)))
 
 
-class HedgehogExp(FeatureMap):
+class HedgehogExp(Hedgehog):
     """phi(x) = [exp(x W), exp(-x W)]: the paper's equation in the main text, section 4."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.w_q, self.w_k = first_maps(config)
 
     def forward(self, q, k, positions):
         q, k = q @ self.w_q, k @ self.w_k
@@ -212,7 +210,7 @@ class Performer(FeatureMap):
         d = config.head_dim
         m = m or 2 * d
         Q, R = torch.linalg.qr(torch.randn(math.ceil(m / d), d, d))
-        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)   # now uniform over rotations
+        Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)   # now uniform over these
         w = Q.flatten(0, 1)[:m] * torch.randn(m, d).norm(dim=1, keepdim=True)
         self.register_buffer("w", w)                        # (m, d)
 
@@ -229,7 +227,7 @@ class CosFormer(FeatureMap):
 
     So phi(q_i).phi(k_j) = relu(q_i).relu(k_j) cos(pi (i - j) / 2M): nearer keys weigh more (Qin et
     al., arXiv 2202.08791). Negative for |i - j| > M, hence GPTConfig.max_length, and an error for
-    more than M tokens in one call; who hands over a state counts for himself.
+    more than M tokens in one call; who hands over a state has to count the tokens before it, too.
     """
 
     def __init__(self, config):
@@ -276,7 +274,7 @@ def visible(q, k, causal=True, key_mask=None):
 
 
 def softmax_attention_weights(q, k, causal=True, key_mask=None):
-    """a_ij = exp(s_ij) / sum_n exp(s_in), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k), in fp32.
+    """a_ij = exp(s_ij) / sum_n exp(s_in), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k), >= fp32.
 
     A query that sees no key has weights 0.
     """
@@ -298,9 +296,10 @@ def softmax_attention(q, k, v, causal=True, key_mask=None):
 
 # --- how spiky, how monotone, how alike -----------------------------------------------------------
 #
-# Weights are (B, H, T_q, T_k). Each figure is a mean over batch, heads and all queries, the first
-# ones of a causal sequence too, though they have few keys to choose from; `queries` (B, T_q) is
-# False at those left out, padding.
+# Weights are (B, H, T_q, T_k). Each figure is a mean over batch, heads and queries, the first ones
+# of a causal sequence too, though they have few keys to choose from. Left out are queries where
+# `queries` (B, T_q) is False (padding), those without weights, and in monotonicity those with one
+# key.
 
 SMALLEST = 1e-12        # weights below count as this in a logarithm: ReLU features give exact zeros
 

@@ -5,10 +5,10 @@
     model.save("FOLDER"), hf.load("FOLDER")         a checkpoint of its family, maps beside it
     model.hf.generate(ids)                          from a state of constant size
 
-Attention modules of transformers call a function that is registered under a name, with q and k as
-the weights are made of them: after rotary positions, before heads are shared. Ours hands them to
-the module's submodule `mix`, as in hedgehog.py, so that distill.py's stages, adapters and tables do
-not know where a model comes from. `HuggingFace` gives a model GPT's interface.
+Attention modules of transformers call a function that is registered under a name, with q and k to
+which rotary positions have been applied, and where heads share keys with fewer k and v than q. Ours
+hands them to the module's submodule `mix`, as in hedgehog.py, so that distill.py's stages, adapters
+and tables do not know where a model comes from. `HuggingFace` gives a model GPT's interface.
 """
 
 import inspect

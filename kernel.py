@@ -3,19 +3,16 @@
 `fused_attention` is chunked_linear_attention of linear.py, and for one token recurrent_step, with
 the symbols and shapes there. Hedgehog's features never reach memory: they are made from q, k and W
 where they are used. Other maps' features are taken as they are. `kernels_take` says which GPUs,
-types and sizes this is for. `python kernel.py` checks the kernels and times them.
+types and sizes this is for; tests/test_triton.py checks the kernels, tests/bench_kernel.py times
+them.
 """
 
 import os
-import sys
 from types import SimpleNamespace
 
 import torch
 
-from linear import EPS, naive_linear_attention
-
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"    # before triton is imported: check the kernels on a CPU
+from linear import EPS
 
 try:
     import triton
@@ -26,7 +23,7 @@ except ImportError:     # then the kernels below can be read, but not run
 
 # --- the kernels ----------------------------------------------------------------------------------
 #
-# Triton in five lines. A function under @triton.jit is compiled for the GPU. One called *_kernel is
+# Triton in short. A function under @triton.jit is compiled for the GPU. One called *_kernel is
 # started as a grid of programs: here tl.program_id(0) is one of the B H heads, tl.program_id(1) a
 # stretch of its tokens. Tensors arrive as a pointer to their first element and strides; tl.load
 # reads a tile at a tile of addresses. tl.constexpr is known when the kernel is compiled.
@@ -227,17 +224,20 @@ def step_kernel(q, k, v, w_q, w_k, y, S, z, S_after, z_after, q_strides, k_strid
 # where tokens of other chunks come through states: sum_j E_ij phi(k_j) over all earlier chunks is
 # S dy_i - delta_i z, the two sums over all later ones are dS v_j + dz and dS^T phi(k_j). dS and dz
 # are a state that runs backwards in time, from r_i, dy_i and -delta_i instead of phi(k_j), v_j, 1.
-# Saved are q, k, v, y, 1 / den and the states before segments; all else is computed again. First a
-# sweep leaves the state of every chunk in memory, then the gradients of all chunks are independent
-# of each other. Two kernels, not one: dq and dk, dv together need more registers than there are.
+# Saved are the inputs, y, 1 / den and the states before segments; all else is computed again. A
+# sweep (states_kernel) leaves S, z before every chunk in memory, and backward_q_kernel makes dq and
+# delta of all parts at once. A second sweep, from the end, takes delta and leaves dS, dz after each
+# chunk, and backward_kv_kernel makes dk and dv. One kernel for all three would need more registers
+# than there are.
 
 
 @triton.jit
 def states_kernel(x, u, w, inv_den, delta, state, chunk_states, sums, x_strides, u_strides,
                   T, H, segment, BACKWARD: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
                   X: tl.constexpr, LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
-    """S and z along one segment, from x = k and u = v; BACKWARD, dS and dz from x = q and u = dy.
-    Stores the state at every chunk, what the segment adds (in sums[1 + n] or [N - n]), or both."""
+    """Sums up S and z along one segment (x is k, u is v) or, BACKWARD, from its end dS and dz (x is
+    q, u is dy). Stores the state at every chunk in chunk_states, and what segment n adds in slot
+    n + 1 of sums, BACKWARD in slot N - n. Either can be None."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     x, u = head(x, x_strides, bh, H), head(u, u_strides, bh, H)
     W = load_map(w, bh, H, LEARNED, X)                                      # [d, d]
@@ -322,7 +322,8 @@ def backward_kv_kernel(q, k, v, w_q, w_k, dy, inv_den, delta, dstates, later, dk
                        segment, T, H, part, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr,
                        LEARNED: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
     """dk and dv of one part, and what it adds to dW_k. Tiles of pairs are (j, i) here. dstates are
-    sums inside the segment; `later`, if not None, has in slot c what the last c segments add."""
+    sums inside the segment; `later`, if not None, has in slot c the gradient of the last state and
+    what the last c segments add to it."""
     bh, n, N = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     q, k = head(q, q_strides, bh, H), head(k, k_strides, bh, H)
     v, dy = head(v, v_strides, bh, H), head(dy, dy_strides, bh, H)
@@ -421,8 +422,9 @@ def constants(kernel, q, v, w_q):
 
 
 def segment_length(B, H, T):
-    """The whole sequence where heads alone fill half of the GPU. Else as many segments as make one
-    round of programs, or two if that left a tenth of it idle. A multiple of every C."""
+    """Tokens of a segment, a multiple of every C: the whole sequence if heads alone fill more than
+    half of the GPU. Else it is cut into as many segments as make one round of programs, or two
+    rounds if one would leave over a tenth of the GPU idle."""
     heads, at_once = B * H, gpu()[1]
     N = 1 if 2 * heads > at_once else at_once // heads
     if N > 1 and N * heads < 0.9 * at_once:
@@ -571,60 +573,3 @@ def fused_attention(q, k, v, w_q=None, w_k=None, state=None):
     y, _, end, _ = forward(q, k, v, w_q, w_k, state)
     return y, (end[..., :-1, :].mT, end[..., -1, :])
 
-
-# --- are they right, and how fast? ----------------------------------------------------------------
-
-
-def random_inputs(B, T, H, d, device, dtype):
-    xs = [torch.randn(B, T, H, d, device=device).transpose(1, 2) for _ in range(3)]
-    xs += [torch.randn(H, d, d, device=device) / d**0.5 for _ in range(2)]
-    return [x.to(dtype).requires_grad_() for x in xs]
-
-
-def check(device, dtype):
-    """Prints the kernels' errors of y and the five gradients against the definition in float64, and
-    in brackets those of the definition itself at this precision. False if one is too large."""
-    torch.manual_seed(0)
-    inputs, right = random_inputs(2, 333, 3, 64, device, dtype), True
-
-    def definition(q, k, v, w_q, w_k):
-        phi = lambda x, w: torch.cat([(x @ w).softmax(-1), (-x @ w).softmax(-1)], dim=-1)
-        return naive_linear_attention(phi(q, w_q), phi(k, w_k), v)
-
-    def results(function, dtype):
-        xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        y = function(*xs)
-        dy = torch.linspace(0, 99, y.numel(), device=device).view(y.shape).sin().to(dtype)
-        return y, *torch.autograd.grad(y, xs, dy)
-
-    print(f"relative error in {dtype} (the definition's):", end="")
-    for name, x, plain, exact in zip(("y", "dq", "dk", "dv", "dW_q", "dW_k"), results(
-            lambda *xs: fused_attention(*xs)[0], dtype), results(definition, dtype),
-            results(definition, torch.float64)):
-        ours, theirs = ((a.double() - exact).norm() / exact.norm() for a in (x, plain))
-        right = right and bool(ours <= 3 * theirs + 1e-6)       # False for NaN, too
-        print(f"  {name} {ours:.1e} ({theirs:.1e})", end="")
-    print("" if right else "  WRONG")
-    return right
-
-
-def main():
-    if not hasattr(triton, "compile"):
-        return "triton is not installed: there are no kernels to check"
-    if not torch.cuda.is_available():
-        print("no GPU: the kernels run in Triton's interpreter")
-        return int(not check("cpu", torch.float32))
-    if gpu()[0] < SMALL:
-        return f"the kernels are not for {torch.cuda.get_device_name()}: PyTorch runs instead"
-    right = [check("cuda", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    for T in (1024, 4096, 65536):
-        xs = random_inputs(65536 // T, T, 12, 64, "cuda", torch.bfloat16)
-        ms = [triton.testing.do_bench(function, return_mode="median") for function in (
-            lambda: fused_attention(*xs), lambda: fused_attention(*xs)[0].sum().backward())]
-        print(f"{65536 // T:3} x {T:6,} tokens, 12 heads of 64, bf16: forward {ms[0]:.3f} ms, "
-              f"with backward {ms[1]:.3f} ms")
-    return int(not all(right))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

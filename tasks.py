@@ -7,8 +7,10 @@ A task has
     num_targets(split, indices)     over how many targets the model's loss of a batch is a mean
     metrics(split, loss, accuracy)  what one reports of a mean loss in nats, as a dict
     figure                          the name of the metric to judge a model by
+    name, tokenizer, splits         what a run's results say; split -> its data
+    vocab_size or classes           how many tokens or classes the model tells apart
 
-with the splits "train", "valid" and perhaps "test". `load_data` makes those of text and recall.
+with the splits "train", "valid" and perhaps "test". `load_data` makes the tasks of text and recall.
 """
 
 import contextlib
@@ -83,8 +85,8 @@ class Text:
         return x, y
 
     def metrics(self, split, loss, accuracy):
-        """Perplexity per token; per word and bits per byte share the summed loss out among all
-        words and bytes of the split, where their number is known."""
+        """Perplexity is per token. Perplexity per word and bits per byte divide the summed loss by
+        the words and bytes of the split, where these are known. Accuracy is a share of 1."""
         total, count = loss * (len(self.splits[split]) - 1), self.counts.get(split, {})
         out = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
         if self.tokenizer != "bytes" and count.get("words"):
@@ -136,8 +138,8 @@ def read_text(o):
 def read_stdlib():
     """The Python standard library's source on this machine, without its own tests and tables.
 
-    Of 25 modules one is valid, one test, by a hash of the name: a module, which can be a package of
-    files that repeat each other, is whole in one split, the same in every version.
+    Of 25 modules one is valid, one test, by a hash of the name. So a module is in the same split in
+    every version, and files of a package, which repeat each other, are in one split.
     """
     root, texts = Path(sysconfig.get_paths()["stdlib"]), {split: [] for split in SPLITS}
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
@@ -265,8 +267,9 @@ def write_whole(path, write):
 class Recall:
     """Associative recall (the paper's Table 12): which value came after this key?
 
-        x   c 7 a 3 f 9 a 3 c 7 f      10,000 sequences to train on, 2,000 others to test on, each
-        y   . . . . . . 3 . 7 . 9      with its own key -> value table, its keys 1 to 16 of 16
+        x   c 7 a 3 f 9 a 3 c 7 f      10,000 sequences to train on, 2,000 others to judge by and
+        y   . . . . . . 3 . 7 . 9      2,000 to test on, each with its own key -> value table, its
+                                       keys 1 to 16 of 16
 
     Training predicts every value whose key came before ("." is -1), evaluation the last one only.
     The sequences with few keys are what lets recall be learned in minutes.
@@ -321,9 +324,8 @@ class Classification:
     splits: split -> list of (token ids, class). figure: what one is judged by, in per cent.
     """
 
-    def __init__(self, name, tokenizer, vocab_size, splits, figure="accuracy"):
-        self.name, self.tokenizer, self.vocab_size = name, tokenizer, vocab_size
-        self.splits, self.figure = splits, figure
+    def __init__(self, name, tokenizer, splits, figure="accuracy"):
+        self.name, self.tokenizer, self.splits, self.figure = name, tokenizer, splits, figure
         self.classes = 1 + max(label for _, label in splits["train"])
 
     def num_examples(self, split):
@@ -456,7 +458,7 @@ class Responses:
             raise ValueError("--block-size 1 has no room for a prompt and a response")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"--data {path}: the model's tokenizer has no token to end a response")
-        self.block_size, self.vocab_size = block_size, len(tokenizer)
+        self.block_size = block_size
         pairs = self.read(Path(path))
         if Path(path).name == "train.jsonl" and (beside := Path(path).with_name("valid.jsonl")
                                                  ).exists():

@@ -144,7 +144,7 @@ def resumed(values, given):
 
 NOT_FINITE = ("the {} is {} at step {}: try a lower --lr or --precision fp32; the last checkpoint "
               "is untouched")
-# Dense bf16 products a second by name of the card, from the makers' data sheets.
+# Dense bf16 floating point operations a second by name of the card, from the makers' data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
@@ -284,7 +284,7 @@ def evaluate(model, task, split, o, interrupted=()):
 
 @contextlib.contextmanager
 def claimed(folder):
-    """Within it no other process can claim this folder; a killed one claims nothing."""
+    """A lock on this folder while the block runs; one that a killed process held is gone."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if fcntl is not None:                               # Windows has no such locks

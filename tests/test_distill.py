@@ -414,7 +414,7 @@ def test_glue_layouts(tmp_path, capsys):
 def classification():
     """A task of three sequences and two classes."""
     examples = [(np.arange(n, dtype=np.uint8), label) for n, label in ((3, 0), (7, 1), (5, 0))]
-    return tasks.Classification("task", "bytes", 40, {"train": examples, "valid": examples})
+    return tasks.Classification("task", "bytes", {"train": examples, "valid": examples})
 
 
 def test_batches_say_what_is_padding():

@@ -317,7 +317,7 @@ def test_stage_1(stock, tmp_path, family):
                                              torch.zeros(len(indices), dtype=torch.long))
     elif family == "bert":
         examples = [(np.arange(1, n), n % 2) for n in range(4, 14)]
-        task = tasks.Classification("c", "", 270, {"train": examples, "valid": examples})
+        task = tasks.Classification("c", "", {"train": examples, "valid": examples})
     else:
         task = text_task()
     before = {name: x.clone() for name, x in model.state_dict().items()}
