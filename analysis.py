@@ -43,15 +43,17 @@ def run_layers(model, idx, targets=None, key_mask=None):
 def measure(model, mixes, task, o):
     """How the weights that `mixes` (one a layer) give compare with softmax's, on the q and k that
     the first 32 validation examples have in the layers of the model as it is. Returns figure ->
-    list over layers."""
+    list over layers of means over all queries but padding."""
     layers, softmax, found = model.attention_layers(), SoftmaxAttention(), []
 
     def look(i, q, k, positions, causal, key_mask):
         with torch.autocast(q.device.type, enabled=False):
             q, k = q.float(), k.float()
             a, b = (m.weights(q, k, positions, causal, key_mask) for m in (softmax, mixes[i]))
-            found.append((attention_kl(a, b, key_mask), entropy(a, key_mask),
-                          entropy(b, key_mask), monotonicity(b, q, k, causal, key_mask)))
+            queries = q[:, 0, :, 0].numel() if key_mask is None else key_mask.sum()
+            found.append([queries * x for x in (
+                attention_kl(a, b, key_mask), entropy(a, key_mask), entropy(b, key_mask),
+                monotonicity(b, q, k, causal, key_mask), 1)])
 
     model.eval()
     size, n = min(8, o.micro_batch), min(32, task.num_examples("valid"))    # T x T: few at a time
@@ -59,8 +61,9 @@ def measure(model, mixes, task, o):
         for i in range(0, n, size):
             batch = task.batch("valid", range(i, min(i + size, n)))
             run_layers(model, *(x.to(o.device) for x in batch))
-    table = torch.tensor(found).unflatten(0, (-1, len(layers))).mean(0)     # (layers, 4)
-    return dict(zip(("kl", "entropy_softmax", "entropy", "monotonicity"), table.T.tolist()))
+    sums = torch.tensor(found).unflatten(0, (-1, len(layers))).sum(0)       # (layers, 5)
+    means = sums[:, :4] / sums[:, 4:]
+    return dict(zip(("kl", "entropy_softmax", "entropy", "monotonicity"), means.T.tolist()))
 
 
 def analyze(task, model, stage, o):

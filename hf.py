@@ -41,7 +41,8 @@ FAMILIES = ("gpt2", "llama", "bert", "vit")
 
 def attention(module, q, k, v, key_mask=None, scaling=None, **_):
     """What an attention module of transformers calls: q (B, H, T, d), k and v with H or fewer
-    heads, key_mask (B, tokens so far) -> y (B, T, H, d), None."""
+    heads, key_mask (B, tokens so far) -> y (B, T, H, d), None. There is no dropout of weights,
+    which linear attention does not have."""
     if key_mask is not None and key_mask.dim() != 2:
         raise ValueError("only masks (batch, tokens) are understood, not 4D ones")
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))     # shared heads
@@ -309,7 +310,6 @@ def load_gguf(path):
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model,
                                    torch_dtype=torch.float32)["tensors"]
     missing = set(model.load_state_dict(weights, strict=False).missing_keys) - {"lm_head.weight"}
-    model.tie_weights()
     return model, tokenizer, missing
 
 
@@ -339,9 +339,9 @@ def copy_gpt2(own, theirs, back=False):
         for name, x in a.named_parameters():
             y = getattr(b, name)
             y = y.T if "Conv1D" in type(b).__name__ and name == "weight" else y  # (in, out) there
-            n = min(len(x), len(y))                         # ours has more tokens, that never come
+            x = x[:len(y)]                                  # ours has more tokens, that never come
             with torch.no_grad():
-                y[:n].copy_(x[:n]) if back else x[:n].copy_(y[:n])
+                y.copy_(x) if back else x.copy_(y)
 
 
 def own_gpt(name):

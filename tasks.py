@@ -524,15 +524,16 @@ class Responses:
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (
             tokenizer.eos_token_id)
-        n = min(o.rouge, self.num_examples("valid"))
-        for i in progress(range(0, n, o.micro_batch)):
-            rows = self.splits["valid"][i:min(i + o.micro_batch, n)]
+        asked = self.splits["valid"][:o.rouge]
+        longest = max(len(prompt) for prompt, _, _ in asked)
+        room = max(1, min(64, model.config.block_size - longest))       # the same for all
+        for i in progress(range(0, len(asked), o.micro_batch)):
+            rows = asked[i:i + o.micro_batch]
             T = max(len(prompt) for prompt, _, _ in rows)
             idx = torch.full((len(rows), T), pad)
             mask = torch.zeros_like(idx)
             for j, (prompt, _, _) in enumerate(rows):       # padded on the left: all end together
                 idx[j, T - len(prompt):], mask[j, T - len(prompt):] = torch.tensor(prompt), 1
-            room = max(1, min(64, model.config.block_size - T))
             out = model.hf.generate(idx.to(o.device), attention_mask=mask.to(o.device),
                                     max_new_tokens=room, do_sample=False, pad_token_id=pad,
                                     eos_token_id=tokenizer.eos_token_id)

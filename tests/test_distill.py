@@ -9,6 +9,7 @@ import signal
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,6 +286,30 @@ def test_a_hybrid_gets_maps_only_where_it_is_linear():
         "blocks.1.attn.mix.feature_map.w_q", "blocks.1.attn.mix.feature_map.w_k"]
 
 
+def test_stage_1_makes_its_loss_in_fp32(monkeypatch):
+    """Of a model that runs in bf16, too."""
+    loss, found = distill.mimicry_loss, []
+    monkeypatch.setattr(distill, "mimicry_loss", lambda m, q, k, *args, **kwargs: (
+        found.append((q.dtype, k.dtype, torch.is_autocast_enabled("cpu"))),
+        loss(m, q, k, *args, **kwargs))[1])
+    run_distill(student(teacher().float()), precision="bf16", distill_steps=1)
+    assert found == [(torch.float32, torch.float32, False)] * 2
+
+
+def test_maps_start_by_the_seed():
+    model = teacher()
+    a, b, c = (model_with(replace(model.config, attention="performer"), model, seed).state_dict()
+               for seed in (1, 1, 2))
+    name = "blocks.0.attn.mix.feature_map.w"
+    assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
+
+
+def test_the_loss_is_the_mean_of_the_layers_that_have_maps():
+    both, first, second = (run_distill(student(teacher(), name), distill_steps=1)[0] for name in (
+        "hedgehog", "hedgehog,softmax", "softmax,hedgehog"))
+    assert both == pytest.approx((first + second) / 2)
+
+
 # --- stage 2 --------------------------------------------------------------------------------------
 
 
@@ -313,6 +338,67 @@ def test_lora_is_the_papers_equation():
         delta = 8 / 2 * lora.B[i] @ lora.A[i]
         assert torch.allclose(x @ lora(W)[2 * i:2 * i + 2].T, x @ (W[2 * i:2 * i + 2] + delta).T,
                               atol=1e-5)
+
+
+def test_lora_alpha(tmp_path):
+    """Adam's first step moves B alike whatever alpha, and W in proportion to it."""
+    moved = []
+    for alpha in (2.0, 6.0):
+        model = teacher().float()
+        W = model.blocks[0].attn.proj.weight.clone()
+        o = options(out=str(tmp_path), lora_alpha=alpha)
+        distill.train("stage", model, text(), o, 1, 1e-2, rank=2)
+        moved.append(model.blocks[0].attn.proj.weight - W)
+    assert moved[0].any() and torch.allclose(3 * moved[0], moved[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_weight_decay_is_for_whole_models(tmp_path, rank):
+    """Neither for adapters nor for the maps that learn beside them."""
+    weights = []
+    for decay in (0.0, 10.0):
+        model = teacher(attention="hedgehog").float()
+        distill.train("stage", model, text(), options(out=str(tmp_path), weight_decay=decay), 2,
+                      1e-2, rank)
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*weights) == (rank > 0)
+
+
+def test_stages_are_compiled_if_asked(monkeypatch):
+    model, compiled = student(teacher()).float(), []
+    for module, name in ((distill, "compiled"), (torch, "compile")):
+        monkeypatch.setattr(module, name, lambda x: compiled.append(x) or x)
+    run_distill(model, compile=True, distill_steps=1)
+    distill.finetune(model, text(), options(compile=True), "", 1, 1e-2)
+    assert compiled == [distill.kl_of_queries] * 2 + [model]
+
+
+def test_activations_are_made_again_if_asked():
+    """Each layer runs twice a step then, and the losses are the same."""
+    losses, runs = [], {False: 0, True: 0}
+    for recompute in runs:
+        model = teacher().float()
+        model.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.update(
+            {recompute: runs[recompute] + 1}))
+        losses.append(distill.finetune(model, text(), options(recompute=recompute), "", 2, 1e-2)[1])
+    assert losses[0] == losses[1] and runs == {False: 2, True: 4}
+
+
+def test_dropout_is_for_stage_2_alone():
+    """Not for stage 1, which mimics the teacher as it is used, nor for figures."""
+    model, task, modes = teacher(causal=False, num_classes=2).float(), classification(), []
+    task.figure = "matthews"
+    model.dropout.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    mixes = [layer.mix for layer in student(model).attention_layers()]
+    for part, dropout in (
+            (lambda: distill.distill(model, mixes, task, options()), False),
+            (lambda: distill.measure(model, mixes, task, options()), False),
+            (lambda: distill.score(model, task, options()), False),
+            (lambda: distill.finetune(model, task, options(), "", 2, 1e-2), True)):
+        model.train(not dropout)
+        part()
+        assert set(modes) == {dropout}
+        modes.clear()
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -354,16 +440,20 @@ def test_listops_rules():
 
 
 def test_listops_models_have_the_options(here, monkeypatch):
-    configs, real = [], distill.GPT
+    configs, trained, real = [], {}, distill.GPT
     monkeypatch.setattr(distill, "model_with", lambda config, teacher, seed=0: (
         configs.append(config), real(config))[1])
     figures = dict.fromkeys("accuracy kl entropy_softmax entropy monotonicity".split(), 0.0)
     monkeypatch.setattr(distill, "row", lambda name, *rest: {"name": name, **figures})
-    monkeypatch.setattr(distill, "train", lambda name, model, *rest: configs.append(model.config))
+    monkeypatch.setattr(distill, "train", lambda name, model, task, o, *rest: (
+        configs.append(model.config), trained.update({name: rest})))
     result("--task listops --listops-examples 40 --listops-low 5 --listops-high 30 --out lm "
-           "--n-embd 32 --distill-steps 1 --feature-dim 24 --position rotary --dropout 0.1")
+           "--n-embd 32 --distill-steps 1 --feature-dim 24 --position rotary --dropout 0.1 "
+           "--teacher-steps 9 --teacher-lr 0.3 --steps 5 --lr 0.2 --lora 2")
     assert {(c.position, c.dropout) for c in configs} == {("rotary", 0.1)}
     assert configs[-1].feature_dim == 24 and configs[-1].attention == "hedgehog"    # from scratch
+    assert trained == {"teacher": (9, 0.3), "stage2": (5, 0.2, 2), "softmax": (5, 0.2, 2),
+                       "scratch": (14, 0.3)}
 
 
 def test_a_quarter_of_listops_arguments_are_expressions():
@@ -383,6 +473,19 @@ def test_matthews():
     assert matthews(labels, [1] * 8) == 0
 
 
+def test_the_matthews_score_of_a_model():
+    """One that takes sequences of more than 4 tokens for class 1."""
+    class Longer(torch.nn.Module):
+        def forward(self, idx, key_mask):
+            return torch.stack([0 * key_mask.sum(1), key_mask.sum(1) - 4], 1), None
+
+    task = classification()                                 # of 3, 7 and 5 tokens
+    task.splits["train"], task.figure = task.splits["train"][:1], "matthews"
+    for micro_batch in (1, 2, 3):
+        score = distill.score(Longer(), task, options(micro_batch=micro_batch))
+        assert score == pytest.approx(100 * matthews([0, 1, 0], [0, 1, 1]))
+
+
 def write_tsv(folder, train, dev):
     Path(folder).mkdir(exist_ok=True)
     Path(folder, "train.tsv").write_text(train)
@@ -393,6 +496,7 @@ def test_glue_of_a_large_vocabulary(tmp_path):
     write_tsv(tmp_path, "s\t0\t\tx\ns\t1\t\ty\n", "s\t0\t\tx\n")
     splits, _ = glue(tmp_path, lambda text: [119_547], 8)
     assert splits["valid"][0][0].tolist() == [119_547]
+    assert glue(tmp_path, lambda text: [], 8)[0]["valid"][0][0].tolist() == [0]     # never empty
 
 
 def test_glue_layouts(tmp_path, capsys):
@@ -405,7 +509,7 @@ def test_glue_layouts(tmp_path, capsys):
     splits, figure = glue(tmp_path, lambda text: list(text.encode()), 64)
     assert figure == "accuracy" and bytes(splits["valid"][0][0].astype(np.uint8)) == b"u\nv"
     assert splits["valid"][0][1] == 1
-    write_tsv(tmp_path, "sentence\tlabel\nx\t0\nx\ty\t1\nz\n", "sentence\tlabel\nx\t0\n")
+    write_tsv(tmp_path, "\ufeffsentence\tlabel\nx\t0\nx\ty\t1\nz\n", "sentence\tlabel\nx\t0\n")
     splits, _ = glue(tmp_path, lambda text: list(text.encode()), 64)
     assert len(splits["train"]) == 1        # and lines with other columns are counted
     assert "train.tsv: 2 of 3 lines have not 2 columns" in capsys.readouterr().out
@@ -429,6 +533,16 @@ def test_evaluation_honours_the_mask():
     together, alone = (train_lm.evaluate(model, task, "valid", options(micro_batch=n))["loss"]
                        for n in (3, 1))
     assert together == pytest.approx(alone, rel=1e-6)
+    assert task.metrics("valid", 0.5, 0.25) == {"loss": 0.5, "accuracy": 25.0}     # per cent
+
+
+def test_figures_of_attention_do_not_depend_on_the_batches():
+    model = teacher(causal=False, num_classes=2).float()
+    mixes = [layer.mix for layer in student(model).attention_layers()]
+    figures = [distill.measure(model, mixes, classification(), options(micro_batch=n))
+               for n in (1, 2, 3)]                          # of sequences of 3, 7 and 5 tokens
+    for key, means in figures[0].items():
+        assert all(means == pytest.approx(other[key], abs=1e-6) for other in figures[1:])
 
 
 def test_lora_trains_adapters_and_maps_only(tmp_path):
@@ -455,6 +569,28 @@ def test_teacher_and_stages_draw_other_batches(monkeypatch, tmp_path):
     assert first != stage2
 
 
+def test_without_learned_maps_there_is_no_stage_1(tmp_path):
+    o = options(attention="elu", steps=1, baseline=False, out=str(tmp_path))
+    rows = distill.convert(text(), teacher().float(), o)
+    assert [r["name"] for r in rows] == ["softmax, the teacher", "elu, swapped", "elu, stage 2"]
+
+
+def test_each_stage_has_its_own_options(monkeypatch, tmp_path):
+    """Stage 1 steps, batch size and learning rate; stage 2 and softmax theirs."""
+    o = options(distill_steps=4, distill_batch_size=3, distill_lr=0.05, steps=3, lr=2e-3,
+                warmup=0.5, out=str(tmp_path))
+    task, rates, sizes, step = text(), [], [], torch.optim.AdamW.step
+    batch = task.batch
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (
+        rates.append(self.param_groups[0]["lr"]), step(self)))
+    monkeypatch.setattr(task, "batch", lambda split, indices: (
+        sizes.append(len(indices)) if split == "train" else None, batch(split, indices))[1])
+    distill.convert(task, teacher().float(), o)
+    stage1, stage2 = ([train_lm.learning_rate(i, steps, peak, 0.5) for i in range(steps)]
+                      for steps, peak in ((4, 0.05), (3, 2e-3)))
+    assert rates == stage1 + stage2 + stage2 and sizes == [3] * 4 + [4] * 6
+
+
 def test_classifier_ignores_padding():
     for attention in ("softmax", "hedgehog", "elu"):
         model = teacher(attention=attention, causal=False, num_classes=3)
@@ -475,6 +611,18 @@ def test_an_encoder_sees_all_and_does_not_generate():
     assert not torch.allclose(hidden[0, 0], model.hidden(idx)[0][0, 0])
     with pytest.raises(ValueError):
         model.generate(idx, 1)
+
+
+def test_the_table(capsys):
+    """Softmax's entropy is not shown twice."""
+    row = dict(name="x", perplexity=4.5, kl=0.0, entropy_softmax=1.25, entropy=2.0,
+               monotonicity=0.5)
+    distill.print_table([row, row | dict(kl=1.0, rouge1=40.0, rouge2=20.0, rougeL=30.0)],
+                        "perplexity")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["x", "4.50", "0.000", "1.250", "-", "0.500"]
+    assert lines[2] == ["x", "4.50", "1.000", "1.250", "2.000", "0.500"]
+    assert lines[3] == ["x", "ROUGE-1,", "-2,", "-L", "40.0", "20.0", "30.0"]
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -575,6 +723,7 @@ def test_without_stage_1_and_with_lora(here):
     for moved in (moved, weights("t2r/softmax")):           # softmax, too, is given adapters
         assert {name for name in was if not torch.equal(moved[name], was[name])} == {
             f"blocks.{i}.attn.{linear}.weight" for i in (0, 1) for linear in ("qkv", "proj")}
+    result("--out t2r/stage2 --resume --steps 4", main=train_lm.main)
 
 
 def test_what_an_interrupted_run_left_is_gone(here):
@@ -628,17 +777,23 @@ def test_options_and_presets(here):
     assert parse("--epochs 2").teacher_steps == 0
     assert parse("--device cuda --data text.txt").compile
     assert not parse("--device cuda --no-compile").compile
+    assert parse("--device cuda").preset == "small"
     for name, row in distill.PRESETS.items():
         o = vars(parse(f"--preset {name} --n-head 7"))
         assert {key: o[key] for key in row} == row | ({"n_head": 7} if "n_head" in row else {})
 
 
-def test_other_text_gets_the_tokens_of_the_run(here):
+def test_other_text_gets_the_tokens_of_the_run(here, monkeypatch):
     state = torch.load("softmax/checkpoint.pt")
     state["data"][1] = "gpt2"                               # by default, --data was wiki.*
     Path("wiki").mkdir()
     torch.save(state, "wiki/checkpoint.pt")
     assert parse("--analyze wiki --data other.txt").tokenizer == "gpt2"
+    words = SimpleNamespace(encode_ordinary=lambda text: [len(word) for word in text.split()])
+    monkeypatch.setattr(distill, "gpt2_encoding", lambda: words)
+    write_tsv("words", "s\t0\t\tfour five\n", "s\t0\t\tsix\n")
+    task = distill.load("wiki", parse("--teacher wiki --task words"))[0]
+    assert task.splits["train"][0][0].tolist() == [4, 4]
 
 
 OWN = "--data text.txt --micro-batch 4 --distill-steps 3 --steps 3"
@@ -655,6 +810,8 @@ def test_trains_its_own_teacher(tiny_preset):
     args = f"{OWN} --out own"
     code, _, err = run(args)
     assert code == 0 and Path("own/teacher/result.json").exists() and "train: 100%" in err
+    saved = train_lm.load_checkpoint("own/teacher")["options"]
+    assert (saved["attention"], saved["steps"], saved["lr"]) == ("softmax", 0, 3e-3)
     first = Path("own/teacher/checkpoint.pt").read_bytes()
     assert run(args)[0] == 2                                # a finished run is not replaced
     Path("own/result.json").unlink()                        # interrupted after the teacher

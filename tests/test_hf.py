@@ -27,8 +27,8 @@ from hedgehog import SoftmaxAttention
 SMALL = dict(vocab_size=270, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64)
 FAMILIES = {
-    "gpt2": ("CausalLM", lambda: transformers.GPT2Config(
-        vocab_size=270, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
+    "gpt2": ("CausalLM", lambda: transformers.GPT2Config(   # our GPT has 1,152 rows of embeddings
+        vocab_size=1100, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
         eos_token_id=0)),
     "llama": ("CausalLM", lambda: transformers.LlamaConfig(
         **SMALL, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0,
@@ -119,7 +119,9 @@ def test_the_training_loss_is_transformers_own(stock, family):
     targets = idx.roll(-1, 1).masked_fill(~mask, -1)
     model = load(family)
     exact = model(idx, targets, mask)[1]
-    gradients = []
+    gradients, runs = [], []
+    for layer in model.attention_layers():
+        layer.mix.register_forward_pre_hook(lambda *_: runs.append(recompute))
     for recompute in (False, True):
         if recompute:
             model.recompute_activations()
@@ -133,6 +135,7 @@ def test_the_training_loss_is_transformers_own(stock, family):
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    assert runs.count(False) == 2 and runs.count(True) == 4     # in forward, and again in backward
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -322,6 +325,7 @@ def test_stage_1(stock, tmp_path, family):
         task = text_task()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     student = distill.model_with(replace(model.config, attention="hedgehog"), model)
+    assert model.config.attention == "softmax"              # the teacher stays as it is
     layers = student.attention_layers()
     linear = [layer.mix for layer in layers]
     distill.put([SoftmaxAttention() for _ in layers], layers)
@@ -361,10 +365,11 @@ def test_gpt2_is_our_gpt_and_back(stock, attention):
     theirs.save("theirs")
     own = GPT.from_pretrained("theirs").eval()
     assert torch.allclose(own(idx)[0], logits(theirs, idx, None), atol=1e-5)
+    own.config.dropout = 0.2
     own.export("back")
     assert torch.equal(logits(load("gpt2", "back"), idx, None), logits(theirs, idx, None))
     config = transformers.AutoConfig.from_pretrained("back")
-    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0, 0, 0)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.2, 0.2, 0)
     own.config.causal = False
     with pytest.raises(ValueError, match="causal"):
         own.export("encoder")
@@ -396,6 +401,19 @@ def test_tokens_of_two_tokenizers_of_one_name_are_not_mixed_up(stock):
             t.backend_tokenizer.normalizer = normalizer
         found.append(t.decode(tasks.load_data(o, hf.encoding(t)).splits["train"][:10].tolist()))
     assert found == ["SOME WORDS", "some words"]
+
+
+def test_text_is_tokenised_without_special_tokens(stock):
+    """Llama's tokenizer would start each piece with one."""
+    from tokenizers import processors
+
+    stock("llama")
+    t = load("llama").tokenizer
+    t.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)])
+    a, b = t.convert_tokens_to_ids(["a", "b"])
+    assert t("ab")["input_ids"] == [0, a, b]
+    assert hf.encoding(t).encode_ordinary_batch(["ab", "b"]) == [[a, b], [b]]
 
 
 def run(capsys, *args):
@@ -435,15 +453,47 @@ def test_responses(stock, capsys):
         assert task.model_tokenizer.decode(answer[:-1]) == text and answer[-1] == 0
         assert (x[i, 1:][y[i, :-1] >= 0] == y[i, :-1][y[i, :-1] >= 0]).all()
     assert int((y >= 0).sum()) == task.num_targets("train", [0, 11])
+    prompt = task.model_tokenizer.decode(x[0, :len(task.splits["train"][0][0])])
+    assert prompt == "Summarize this dialog:\nA: 0\n---\nSummary:\n"
+    assert len(task.splits["train"]) == 36 and len(task.splits["valid"]) == 4
     code, out, err = run(capsys, "--teacher", "gpt2", "--data", "d.jsonl", "--out", "o", *SHORT,
                          "--block-size", 64, "--rouge", 2)
     assert code == 0, err
     row = json.loads(out.splitlines()[-1])["rows"][-1]
+    assert task.metrics("valid", math.log(7), 0.5)["perplexity"] == pytest.approx(7)
     assert math.isfinite(row["perplexity"]) and 0 <= row.get("rougeL", 0) <= 100
     tokenizer("gpt2", eos_token="<eos>")                    # no token to pad with: not needed
     again = json.loads(run(capsys, "--teacher", "gpt2", "--data", "d.jsonl", "--out", "p", *SHORT,
                            "--block-size", 64, "--rouge", 2)[1].splitlines()[-1])["rows"][-1]
     assert again == row
+
+
+def test_rouge(stock):
+    """Of a model that repeats its prompts; they are of different lengths."""
+    def generate(idx, attention_mask, max_new_tokens, do_sample, pad_token_id, eos_token_id):
+        assert torch.equal(attention_mask, (idx != pad_token_id).long())
+        assert attention_mask[:, -1].all() and max_new_tokens == 64 - longest and not do_sample
+        out = torch.full((len(idx), max_new_tokens), eos_token_id)
+        for row, prompt, mask in zip(out, idx, attention_mask.bool()):
+            row[:int(mask.sum())] = prompt[mask]
+        return torch.cat([idx, out], 1)
+
+    pytest.importorskip("rouge_score")
+    stock("gpt2")
+    lines = [{"prompt": prompt, "response": response} for prompt, response in (
+        ("dogs bark", "dog barks"), ("b a", "a b"), ("one two three four", "one two"))]
+    for name, rows in (("train", [{"prompt": "a", "response": "b"}]), ("valid", lines)):
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.Responses("train.jsonl", hf.load("gpt2").tokenizer, 64)
+    longest = max(len(prompt) for prompt, *_ in task.splits["valid"])
+    model = SimpleNamespace(config=SimpleNamespace(block_size=64),
+                            hf=SimpleNamespace(generate=generate))
+    expected = dict(rouge1=(100 + 100 + 200 / 3) / 3, rouge2=50, rougeL=(100 + 50 + 200 / 3) / 3)
+    for micro_batch in (1, 2, 3):
+        o = SimpleNamespace(rouge=100, micro_batch=micro_batch, device="cpu")
+        assert task.rouge(model, o, iter) == pytest.approx(expected)
+    o.rouge, longest = 1, len(task.splits["valid"][0][0])   # the first one is repeated well
+    assert task.rouge(model, o, iter) == dict.fromkeys(expected, 100)
 
 
 def test_lines_of_responses(stock):
@@ -530,6 +580,94 @@ def test_bert_on_glue_and_vit_on_images(stock, capsys):
         tasks.Images("split", None)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file(stock, monkeypatch, tied):
+    """In llama.cpp's layout, where rows of q and k that rotate together are neighbours."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setitem(FAMILIES, "llama", ("CausalLM", lambda: transformers.LlamaConfig(
+        **SMALL, num_key_value_heads=2, max_position_embeddings=64, rope_theta=100.0,
+        rms_norm_eps=0.1, tie_word_embeddings=tied)))
+    _, theirs = stock("llama")
+
+    def write(path, parameters):
+        c, file = theirs.config, gguf.GGUFWriter(path, "llama")
+        file.add_vocab_size(c.vocab_size)
+        file.add_context_length(c.max_position_embeddings)
+        file.add_embedding_length(c.hidden_size)
+        file.add_block_count(c.num_hidden_layers)
+        file.add_feed_forward_length(c.intermediate_size)
+        file.add_head_count(c.num_attention_heads)
+        file.add_head_count_kv(c.num_key_value_heads)
+        file.add_layer_norm_rms_eps(c.rms_norm_eps)
+        file.add_rope_freq_base(100.0)
+        vocab = load("llama").tokenizer.get_vocab()
+        file.add_tokenizer_model("gpt2")
+        file.add_token_list(["<|endoftext|>", *sorted(vocab, key=vocab.get)[1:], "ab", "cd"])
+        file.add_token_merges(["a b", "c d"])
+        file.add_bos_token_id(0)
+        file.add_eos_token_id(0)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+        for name, x in parameters:
+            for part, heads in (("q_proj", 4), ("k_proj", 2)):
+                if part in name:
+                    x = x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+            file.add_tensor(names.get_name(name, (".weight",)), x.detach().numpy())
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+        file.close()
+
+    write("whole.gguf", theirs.named_parameters())
+    model, (idx, mask) = load("llama", "whole.gguf"), batch("llama")
+    assert torch.allclose(logits(model, idx, mask)[mask],
+                          logits(load("llama"), idx, mask)[mask], atol=1e-5)
+    assert model.config.block_size == 64 and model.tokenizer.eos_token_id == 0
+    assert model.tokenizer("x")["input_ids"] == load("llama").tokenizer("x")["input_ids"]
+    write("part.gguf", [(name, x) for name, x in theirs.named_parameters() if ".norm" not in name])
+    with pytest.raises(ValueError, match="weights are missing: model.norm.weight"):
+        load("llama", "part.gguf")
+
+
+def test_pairs_of_sentences_are_as_berts_tokenizer_makes_them(stock):
+    """Also where they are cut; and the head has the classes of the task."""
+    from tokenizers import processors
+
+    stock("bert")
+    t = load("bert").tokenizer
+    t.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B <eos>", special_tokens=[("<eos>", 0)])
+    t.save_pretrained("bert")
+    Path("MNLI").mkdir()
+    rows = "".join(f"ab\t{text}\t{label}\n" for text in ("c", "d" * 20) for label in "xyz")
+    for name in ("train", "dev"):
+        Path(f"MNLI/{name}.tsv").write_text(f"sentence1\tsentence2\tlabel\n{rows}")
+    o = distill.Options(task="MNLI", device="cpu", block_size=12)
+    (task, model, _), (_, again, _) = distill.load("bert", o), distill.load("bert", o)
+    a, b, c, d = (t.convert_tokens_to_ids(x) for x in "abcd")
+    assert task.splits["train"][0][0].tolist() == [a, b, 0, c, 0]
+    assert task.splits["train"][-1][0].tolist() == [a, b, 0, *[d] * 8, 0]
+    assert logits(model, torch.ones(1, 4, dtype=torch.long), None).shape == (1, 3)
+    assert torch.equal(model.hf.classifier.weight, again.hf.classifier.weight)
+
+
+def test_images_for_vit(stock):
+    """Of which every tenth is to judge by, or those in valid; grey ones, too."""
+    image = pytest.importorskip("PIL.Image")
+    stock("vit")
+    for name in "abcd":
+        for split, n in (("all", 10), ("split/train", 3), ("split/valid", 2)):
+            Path(split, name).mkdir(parents=True)
+            for i in range(n):
+                image.new("L", (20, 20), 100 * i).save(f"{split}/{name}/{i}.png")
+    task, model, _ = distill.load("vit", distill.Options(task="all", device="cpu"))
+    assert [len(x) for x in task.splits.values()] == [36, 4]
+    x, y = task.batch("valid", [2, 3])
+    assert logits(model, x, None).shape == (2, 4) and y.tolist() == [2, 3]
+    x, _ = task.batch("train", [0, 2])
+    assert x.shape == (2, 3, 16, 16) and x[1].min() > x[0].max()
+    assert [len(x) for x in tasks.Images("split", None).splits.values()] == [12, 8]
+
+
 def test_one_clear_line(stock, capsys, monkeypatch):
     stock("llama")
     stock("bert")
@@ -563,7 +701,12 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     Path("damaged/hedgehog.safetensors").write_bytes(b"x" * 20)
     load("llama").hf.save_pretrained("endless")
     tokenizer("endless", bos_token="<eos>")
+    Path("ids").mkdir()
+    Path("ids/meta.json").write_text(json.dumps(dict(tokenizer="x", vocab_size=300)))
+    for split in ("train", "valid"):
+        np.arange(100, dtype=np.uint16).tofile(f"ids/{split}.bin")
     for args, words in (
+            ("--teacher llama --data ids", "a vocabulary of 300, the model's has 257"),
             ("--teacher nowhere --data empty.jsonl", "nowhere is not to be had"),
             ("--teacher t5 --data empty.jsonl", "t5 is not to be had"),
             ("--teacher mistral --data empty.jsonl", "mistral models"),

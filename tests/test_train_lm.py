@@ -26,7 +26,7 @@ import torch
 import gap
 import tasks
 import train_lm
-from gpt import GPT
+from gpt import GPT, Block
 from hedgehog import FEATURE_MAPS, GPTConfig
 
 SHAPE = ("--data text.txt --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 "
@@ -128,13 +128,15 @@ def test_figures_cover_the_whole_split():
     r = result(TINY)["valid"]
     gpt, _ = train_lm.load_model("o", "cpu")
     tokens = torch.from_numpy(tasks.load_data(options()).splits["valid"].astype(np.int64))
-    nats = []
+    nats, right = [], []
     for i in range(0, len(tokens) - 1, 16):
         window = tokens[i:i + 17]
         logits = gpt(window[None, :-1])[0][0].log_softmax(-1)
         nats += (-logits.gather(1, window[1:, None])).flatten().tolist()
+        right += (logits.argmax(1) == window[1:]).tolist()
     assert len(nats) == len(tokens) - 1
     assert r["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert r["accuracy"] == pytest.approx(np.mean(right), abs=1e-3) and any(right)
     assert r["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
     assert r["bits_per_byte"] == pytest.approx(sum(nats) / np.log(2) / len(tokens), rel=1e-5)
 
@@ -172,6 +174,13 @@ def test_text_is_tokenised_in_long_pieces():
     encoding = SimpleNamespace(name="marking", n_vocab=2, encode_ordinary_batch=encode)
     tasks.load_data(options(), encoding)
     assert "".join(texts) == LINES and len(texts) == 3      # one of each split
+
+
+def test_tokens_of_a_large_vocabulary():
+    encoding = SimpleNamespace(name="large", n_vocab=128_256, encode_ordinary_batch=lambda texts: [
+        [128_255] * len(text) for text in texts])
+    data = tasks.load_data(options(), encoding)
+    assert set(data.splits["train"].tolist()) == {128_255} and data.vocab_size == 128_256
 
 
 def test_a_file_is_not_cut_inside_a_character(small_bpe):
@@ -457,6 +466,7 @@ def test_overwritten_is_gone_even_if_the_new_run_is_killed(monkeypatch):
         m.setattr(train_lm, "take_step", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(TINY, "--overwrite --seed 1")
+    assert not Path("o/result.json").exists()
     assert "no checkpoint" in failure("--out o --resume")
 
 
@@ -528,11 +538,11 @@ def test_a_resumed_run_computes_as_before():
     assert train_lm.load_checkpoint("o")["options"]["precision"] == "bf16"
 
 
-def test_a_resumed_run_has_the_weight_decay_given():
-    result(TINY)
-    result("--out o --resume --steps 9 --weight-decay 0.5")
-    groups = train_lm.load_checkpoint("o")["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+def test_a_run_and_a_resumed_one_have_the_weight_decay_given():
+    for args, decay in ((TINY, 0.3), ("--out o --resume --steps 9", 0.5)):
+        result(args, f"--weight-decay {decay}")
+        groups = train_lm.load_checkpoint("o")["optimizer"]["param_groups"]
+        assert [group["weight_decay"] for group in groups] == [decay, 0.0]
 
 
 def test_checkpoint_errors():
@@ -587,6 +597,17 @@ def test_sample_from_a_checkpoint():
     assert "surrogates" in failure("--out o --sample \udcff")
 
 
+def test_what_is_said_of_a_sample():
+    """Its length, and bytes: 2 heads with S (16, 8) and z (16), or k and v of width 16 a token."""
+    result(TINY, "--position rotary")
+    out = run("--out o --sample 'line 7' --sample-tokens 20")[1]
+    assert "\n20 tokens after" in out and "the text beyond is longer" in out
+    assert f"the state is {4 * 2 * 16 * (8 + 1):,} bytes" in out
+    assert f"softmax's cache would be {4 * 2 * 16 * (6 + 20):,} bytes" in out
+    out = run("--out o --sample 'line 7' --sample-tokens 10")[1]
+    assert "\n10 tokens after" in out and "the text beyond" not in out
+
+
 def test_a_recall_model_has_no_text(few_recall):
     code, out, _ = run(RECALL, "--steps 1")
     assert code == 0 and "prompt" not in out and Path("o/result.json").exists()
@@ -621,6 +642,7 @@ def test_a_preset_is_the_defaults_of_its_row():
         given = dict(preset=name, n_head=7)
         assert parse("--preset", name, "--n-head", "7") == vars(train_lm.Options(**row | given))
     assert parse("--epochs", "2")["steps"] == 0 and parse("--data", "recall")["n_embd"] == 64
+    assert parse("--device", "cuda")["preset"] == "gpt2" and parse()["preset"] == "tiny"
 
 
 def test_a_hybrid_trains():
@@ -663,6 +685,23 @@ def test_the_recipe(monkeypatch):
     assert norms[0.5] == pytest.approx(0.5, rel=1e-4) and norms[0.0] > 0.6
     losses = {train_lm.evaluate(model, data, "valid", options())["loss"] for _ in range(2)}
     assert len(losses) == 1 and model.training              # and training goes on with it
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_precision(precision, dtype):
+    data, model, o = tasks.load_data(options()), small_gpt(), options(precision=precision)
+    optimizer, found = train_lm.adamw(model.parameters(), 1e-3), []
+    model.blocks[0].attn.proj.register_forward_hook(lambda module, x, y: found.append(y.dtype))
+    train_lm.take_step(model, optimizer, data, 0, o)
+    train_lm.evaluate(model, data, "valid", o)
+    assert len(found) > 1 and set(found) == {dtype}
+
+
+def test_the_training_loss_is_the_mean_since_the_evaluation_before(monkeypatch):
+    monkeypatch.setattr(train_lm, "take_step", lambda model, optimizer, data, step, o: (
+        torch.tensor(float(step))))
+    result(TINY)
+    assert [line["train_loss"] for line in log("o")] == [0.5, 2.5, 4.5]
 
 
 def test_without_clipping_a_run_trains():
@@ -709,6 +748,15 @@ def test_training_is_compiled_on_a_gpu_or_if_asked(monkeypatch):
     assert not compiled
     assert result(TINY, "--compile")["valid"] == plain["valid"] and len(compiled) == 1
     assert options(device="cuda").compile
+
+
+def test_activations_are_made_again_if_asked(monkeypatch):
+    """Blocks run twice a training step then, and the result is the same."""
+    forward, runs = Block.forward, []
+    monkeypatch.setattr(Block, "forward", lambda *args: (
+        runs.append(torch.is_grad_enabled()), forward(*args))[1])
+    plain, once = result(TINY, "--out plain"), sum(runs)
+    assert result(TINY, "--recompute")["valid"] == plain["valid"] and sum(runs) == 3 * once > 0
 
 
 # Sequences of recall have different numbers of targets: micro-batches and processes weigh by these.
