@@ -327,7 +327,8 @@ def plot_curve(lines, path):
               label="the paper, 125M, WikiText-103 (probably)")
     axis.set(xscale="log", yscale="log", xlabel="tokens (or bytes) seen per parameter",
              ylabel="nats per byte above softmax")
-    for scale, ticks in (axis.xaxis, [2, 5, 10, 20, 50, 100]), (axis.yaxis, [0.02, 0.05, 0.1, 0.2]):
+    for scale, ticks in ((axis.xaxis, [2, 5, 10, 20, 50, 100]),
+                         (axis.yaxis, [0.01, 0.02, 0.05, 0.1, 0.2])):
         scale.set_ticks(ticks, labels=map(str, ticks))
         scale.set_minor_formatter("")
     axis.grid(alpha=0.3, which="both")
