@@ -274,9 +274,9 @@ def visible(q, k, causal=True, key_mask=None):
 
 
 def softmax_attention_weights(q, k, causal=True, key_mask=None):
-    """a_ij = exp(s_ij) / sum_n exp(s_in), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k), >= fp32.
+    """a_ij = exp(s_ij) / sum_n exp(s_in), s_ij = q_i.k_j / sqrt(d), (B, H, T_q, T_k).
 
-    A query that sees no key has weights 0.
+    They are fp32, or fp64 if q is. A query that sees no key has weights 0.
     """
     dtype, seen = torch.promote_types(q.dtype, torch.float32), visible(q, k, causal, key_mask)
     with torch.autocast(q.device.type, enabled=False):

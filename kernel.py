@@ -3,8 +3,7 @@
 `fused_attention` is chunked_linear_attention of linear.py, and for one token recurrent_step, with
 the symbols and shapes there. Hedgehog's features never reach memory: they are made from q, k and W
 where they are used. Other maps' features are taken as they are. `kernels_take` says which GPUs,
-types and sizes this is for; tests/test_triton.py checks the kernels, tests/bench_kernel.py times
-them.
+types and sizes this is for; tests/test_triton.py checks them, tests/bench_kernel.py times them.
 """
 
 import os
