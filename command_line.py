@@ -1,12 +1,20 @@
-"""Options as a dataclass, and errors as one line. Nothing here is about attention."""
+"""Options as a dataclass, errors as one line, a lock. Nothing here is about attention."""
 
 import argparse
+import contextlib
 import math
+import os
 import sys
 from dataclasses import field, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 def option(default, text, low=None, high=math.inf, choices=None):
@@ -92,3 +100,23 @@ def one_line_errors(program, run):
             dist.destroy_process_group()
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """A lock on this folder while the block runs; one that a killed process held is gone."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:                               # Windows has no such locks
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is writing to {folder}: wait for it, or choose "
+                                 "another --out")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):              # it is empty if the run did not begin
+                Path(folder).rmdir()

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import train_lm
 from analysis import analyze, measure, put, run_layers, watching
-from command_line import one_line_errors, option, parse
+from command_line import claimed, one_line_errors, option, parse
 from gpt import GPT
 from hedgehog import GPTConfig, SoftmaxAttention, attention_kl, softmax_attention_weights
 from linear import linear_attention_weights
@@ -569,7 +569,7 @@ def run(argv):
         raise ValueError(f"{o.out} holds a run already: --overwrite replaces it, --out DIR keeps "
                          "both")
     try:
-        with train_lm.claimed(out):
+        with claimed(out):
             task, teacher = prepare(o)
             for name in ("log.jsonl", "result.json"):       # of an earlier run
                 (out / name).unlink(missing_ok=True)

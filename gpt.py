@@ -17,11 +17,23 @@ from hedgehog import make_mix
 def rotate(x, positions):
     """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only."""
     half = x.size(-1) // 2
-    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
-    angle = positions.unsqueeze(-1) * frequency             # (T, d/2), fp32
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = cos_and_sin(positions, half).to(x.dtype)     # (T, d/2) each
     x1, x2 = x[..., :half], x[..., half:]
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+# An operator, so that torch.compile makes this table once: what it sees into it would fuse with
+# rotate, and take a cosine and a sine for every number in q and k.
+@torch.library.custom_op("hedgehog::cos_and_sin", mutates_args=())
+def cos_and_sin(positions: torch.Tensor, half: int) -> torch.Tensor:
+    """Of the angle of each position and pair of features, (2, T, half) in fp32."""
+    frequency = 10000 ** (-torch.arange(half, device=positions.device) / half)
+    angle = positions.unsqueeze(-1) * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+cos_and_sin.register_fake(lambda positions, half: positions.new_empty(
+    2, len(positions), half, dtype=torch.float32))
 
 
 class Attention(nn.Module):

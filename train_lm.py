@@ -34,15 +34,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from command_line import one_line_errors, option, parse
+from command_line import claimed, one_line_errors, option, parse
 from gpt import GPT
 from hedgehog import FEATURE_MAPS, GPTConfig
 from tasks import gpt2_encoding, load_data, write_whole
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -230,19 +225,26 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def take_step(model, optimizer, task, step, o):
-    """One optimizer step on o.batch_size examples, a micro-batch at a time, each weighted by its
-    share of the targets. Returns this process's part of the mean loss."""
+def batches_of(task, step, o):
+    """A step's micro-batches of this process, on the device, each with its share of the targets."""
     examples = example_order(step, o.batch_size, task.num_examples("train"), o.seed)
-    mine, targets, total = examples[rank()::world()], task.num_targets("train", examples), 0.0
+    mine, targets, batches = examples[rank()::world()], task.num_targets("train", examples), []
     for i in range(0, len(mine), o.micro_batch):
         micro = mine[i:i + o.micro_batch]
-        batch = to_device(task.batch("train", micro), o.device)
+        share = torch.tensor(task.num_targets("train", micro) / max(1, targets))
+        batches.append(to_device((*task.batch("train", micro), share), o.device))
+    return batches
+
+
+def update(model, optimizer, batches, o):
+    """One optimizer step on these micro-batches. Returns this process's part of the mean loss."""
+    total = 0.0
+    for i, (*batch, share) in enumerate(batches, 1):
         # Gradients are averaged over processes once, at the last micro-batch.
-        wait = isinstance(model, DistributedDataParallel) and i + len(micro) < len(mine)
+        wait = isinstance(model, DistributedDataParallel) and i < len(batches)
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(o):
-                loss = model(*batch)[1] * (task.num_targets("train", micro) / max(1, targets))
+                loss = model(*batch)[1] * share
             (loss * world()).backward()
         total = total + loss.detach()
     if o.grad_clip:
@@ -251,6 +253,35 @@ def take_step(model, optimizer, task, step, o):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def recorded(update):
+    """`update` on a GPU, for one micro-batch of always the same shape. Its third call records what
+    it launches, as a CUDA graph, and later ones replay that: Python would take longer to launch the
+    kernels of a small model than they take to run."""
+    calls, graph, inputs, loss = 0, torch.cuda.CUDAGraph(), None, None
+
+    def call(model, optimizer, batches, o):
+        nonlocal calls, inputs, loss
+        calls += 1
+        if calls < 3:                   # the first one compiles and makes the optimizer's state
+            return update(model, optimizer, batches, o)
+        if inputs is None:
+            inputs, = batches
+            with torch.cuda.graph(graph):
+                loss = update(model, optimizer, [inputs], o)
+        for x, new in zip(inputs, *batches):
+            x.copy_(new)
+        graph.replay()
+        return loss.clone()
+
+    return call
+
+
+def take_step(model, optimizer, task, step, o, update=update):
+    """One optimizer step on o.batch_size examples, a micro-batch at a time, each weighted by its
+    share of the targets. Returns this process's part of the mean loss."""
+    return update(model, optimizer, batches_of(task, step, o), o)
 
 
 @torch.no_grad()
@@ -280,26 +311,6 @@ def evaluate(model, task, split, o, interrupted=()):
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def claimed(folder):
-    """A lock on this folder while the block runs; one that a killed process held is gone."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None:                               # Windows has no such locks
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is writing to {folder}: wait for it, or choose "
-                                 "another --out")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):              # it is empty if the run did not begin
-                Path(folder).rmdir()
 
 
 def save_checkpoint(o, model, data, optimizer, progress):
@@ -372,8 +383,6 @@ def train(o, data):
             raise ValueError(f"--data {o.data} is not the text that {out} was trained on")
         raw_model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
-            group["weight_decay"] = decay                   # load_state_dict put the old ones there
         progress |= state["progress"]
         if progress["evaluated"] >= steps and (out / "result.json").exists():
             raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
@@ -405,6 +414,12 @@ def train(o, data):
 
     model = torch.compile(raw_model) if o.compile else raw_model
     model = DistributedDataParallel(model) if world() > 1 else model
+    record = (o.compile and o.device.startswith("cuda") and world() == 1
+              and o.batch_size <= o.micro_batch)
+    step_update, rate = recorded(update) if record else update, torch.zeros((), device=o.device)
+    for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
+        # load_state_dict put the other run's here; what is recorded can read a tensor only
+        group |= {"lr": rate, "weight_decay": decay, "capturable": record}
     bar = tqdm(total=steps * tokens, initial=progress["step"] * tokens, unit="tok",
                unit_scale=True, disable=rank() > 0, desc="train")
     interrupted, begin = note_interrupts(), time.perf_counter()
@@ -432,9 +447,8 @@ def train(o, data):
         if step >= steps or interrupted:
             break
         progress.pop("stage", None)                         # distill.py's, trained further, is none
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, o.lr, o.warmup)
-        progress["losses"].append(take_step(model, optimizer, data, step, o))
+        rate.fill_(learning_rate(step, steps, o.lr, o.warmup))
+        progress["losses"].append(take_step(model, optimizer, data, step, o, step_update))
         if step == first_step:
             float(progress["losses"][-1])                   # waits for the device
             seconds_of_first = time.perf_counter() - begin
@@ -474,9 +488,8 @@ def train(o, data):
         result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         for card, flops in PEAK_FLOPS.items():
             if card in device_name(o) and o.precision == "bf16" and timed:
-                flops_per_token = 6 * result["parameters"]          # attention's own not counted
-                result["model_flops_utilisation"] = round(
-                    flops_per_token * result["tokens_per_second"] / world() / flops, 3)
+                done = 6 * result["parameters"] * result["tokens_per_second"] / world()
+                result["model_flops_utilisation"] = round(done / flops, 3)  # without attention's
     return raw_model, result
 
 

@@ -2,9 +2,10 @@
 
     python tests/bench_training.py                          softmax and hedgehog
     python tests/bench_training.py --nanogpt model.py       beside nanoGPT, whose file this is
+    python tests/bench_training.py --preset small --position rotary --contexts 1024 --tokens 16384
 
-Random tokens, bf16, compiled, no dropout; medians of 16 times 4 steps after 5. The last line is
-JSON.
+Random tokens, bf16, compiled, no dropout; medians of 16 times 4 steps after 5, each launched by
+Python and, --graph, replayed as train_lm.py does. The last line is JSON.
 """
 
 import argparse
@@ -42,10 +43,11 @@ class RandomTokens:
         return torch.randint(50257, (2, len(indices), self.block_size))
 
 
-def model_of(name, T, nanogpt):
+def model_of(name, T, args):
     if name != "nanogpt":
-        return GPT(GPTConfig(attention=name, block_size=T))
-    spec = importlib.util.spec_from_file_location("nanogpt", nanogpt)
+        shape = {key: train_lm.PRESETS[args.preset][key] for key in ("n_layer", "n_head", "n_embd")}
+        return GPT(GPTConfig(attention=name, block_size=T, position=args.position, **shape))
+    spec = importlib.util.spec_from_file_location("nanogpt", args.nanogpt)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.GPT(module.GPTConfig(block_size=T, vocab_size=50304, bias=False, dropout=0.0))
@@ -58,11 +60,13 @@ def time_steps(name, T, args):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    raw = model_of(name, T, args.nanogpt).to("cuda")
+    raw = model_of(name, T, args).to("cuda")
     if args.recompute:
         raw.recompute_activations()
     model, task = torch.compile(raw), RandomTokens(T)
     optimizer = train_lm.adamw(raw.parameters(), 1e-4)
+    optimizer.param_groups[0] |= {"lr": torch.tensor(1e-4, device="cuda"), "capturable": args.graph}
+    update = train_lm.recorded(train_lm.update) if args.graph else train_lm.update
     o = train_lm.Options(batch_size=args.tokens // T, micro_batch=args.tokens // T, device="cuda")
     seconds = []
     for step in range(21):
@@ -70,7 +74,7 @@ def time_steps(name, T, args):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
-            loss = train_lm.take_step(model, optimizer, task, step, o)
+            loss = train_lm.take_step(model, optimizer, task, step, o, update)
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - begin) / repeats)
         if step >= 5 and sum(seconds) > seconds[0] + args.limit:
@@ -84,6 +88,9 @@ if __name__ == "__main__":
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--attentions", nargs="+", default=["softmax", "hedgehog"])
     parser.add_argument("--nanogpt", default="", help="nanoGPT's model.py")
+    parser.add_argument("--preset", default="gpt2", help="whose layers, heads and width")
+    parser.add_argument("--position", default="learned", help="or rotary")
+    parser.add_argument("--graph", action="store_true", help="replay a CUDA graph")
     parser.add_argument("--tokens", type=int, default=65536, help="of a step")
     parser.add_argument("--limit", type=float, default=20, help="seconds of a measurement")
     parser.add_argument("--recompute", action="store_true", help="make activations again")
@@ -97,6 +104,7 @@ if __name__ == "__main__":
                          "first_step_seconds": round(first, 1), "peak_memory_gib": round(gib, 2)})
             print(rows[-1], flush=True)
     print(json.dumps({"training": rows, "tokens": args.tokens, "recompute": args.recompute,
+                      "preset": args.preset, "position": args.position, "graph": args.graph,
                       "data": "random tokens", "seed": 0, "device": torch.cuda.get_device_name(),
                       "torch": torch.__version__, "date": str(date.today()),
                       "seconds": round(time.perf_counter() - begin, 1),

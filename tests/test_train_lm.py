@@ -436,9 +436,9 @@ def test_one_run_at_a_time_writes_to_a_folder():
 def test_the_first_step_does_not_count_for_the_speed(monkeypatch):
     real = train_lm.take_step
 
-    def step(model, optimizer, task, step, o):
+    def step(model, optimizer, task, step, *args):
         time.sleep(2.0 if step == 0 else 0.0)               # as if it compiled
-        return real(model, optimizer, task, step, o)
+        return real(model, optimizer, task, step, *args)
 
     monkeypatch.setattr(train_lm, "take_step", step)
     r = result(f"{TINY} --data text.txt --steps 4")
@@ -698,7 +698,7 @@ def test_precision(precision, dtype):
 
 
 def test_the_training_loss_is_the_mean_since_the_evaluation_before(monkeypatch):
-    monkeypatch.setattr(train_lm, "take_step", lambda model, optimizer, data, step, o: (
+    monkeypatch.setattr(train_lm, "take_step", lambda model, optimizer, data, step, *args: (
         torch.tensor(float(step))))
     result(TINY)
     assert [line["train_loss"] for line in log("o")] == [0.5, 2.5, 4.5]
