@@ -1,5 +1,6 @@
 """train_lm.py from its command line: every kind of data, resuming, several processes, errors."""
 
+import contextlib
 import http.server
 import io
 import json
@@ -702,6 +703,32 @@ def test_the_training_loss_is_the_mean_since_the_evaluation_before(monkeypatch):
         torch.tensor(float(step))))
     result(TINY)
     assert [line["train_loss"] for line in log("o")] == [0.5, 2.5, 4.5]
+
+
+def test_a_recorded_step_takes_the_batch_that_it_is_given(monkeypatch):
+    """The graph here does again what was done while it recorded, as a GPU would."""
+    launched, recording = [], []
+
+    @contextlib.contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    def double(model, optimizer, batches, o):
+        (x,), loss = batches[0], torch.zeros(())
+        if recording:
+            launched.append(lambda: loss.copy_(2 * x))      # recorded, not done
+        else:
+            loss.copy_(2 * x)
+        return loss
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(
+        replay=lambda: [launch() for launch in launched]))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    update = train_lm.recorded(double)
+    losses = [update(None, None, [[torch.tensor(float(i))]], None) for i in range(6)]
+    assert losses == [0, 2, 4, 6, 8, 10] and len(launched) == 1
 
 
 def test_without_clipping_a_run_trains():

@@ -17,6 +17,7 @@ else:
 
 import hedgehog
 import kernel
+import train_lm
 from gpt import GPT
 from hedgehog import (GPTConfig, Hedgehog, LinearAttention, hedgehog_attention, hedgehog_features,
                       linear_attention)
@@ -525,6 +526,30 @@ def test_generation_by_a_captured_graph(attention):
             token = torch.randint(0, 50, (3, 1), device="cuda")
             whole = torch.cat([whole, token], dim=1)
             assert error(step(token), gpt(whole)[0][:, -1]) < 1e-3
+
+
+@on_gpu
+def test_recorded_training_steps():
+    """They are those that Python launches, with the rate of the moment and dropout ever anew."""
+    def losses(record, rates, dropout=0.0):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(vocab_size=50, block_size=64, n_layer=2, n_head=2, n_embd=64,
+                            position="rotary", dropout=dropout)).cuda()
+        optimizer, rate = train_lm.adamw(gpt.parameters(), 0.0), torch.zeros((), device="cuda")
+        optimizer.param_groups[0] |= {"lr": rate, "capturable": record}
+        update = train_lm.recorded(train_lm.update) if record else train_lm.update
+        forward, o, found = torch.compile(gpt), train_lm.Options(device="cuda"), []
+        xs = torch.randint(0, 50, (2, 4, 65), device="cuda")
+        for i, value in enumerate(rates):
+            rate.fill_(value)
+            x = xs[i // 4 % 2]
+            found.append(update(forward, optimizer, [[x[:, :-1], x[:, 1:], rate.new_ones(())]], o))
+        return torch.stack(found)
+
+    rates = [1e-2 / (1 + i % 5) for i in range(16)]
+    plain = losses(False, rates)
+    assert plain[3] < plain[0] - 0.3 and error(losses(True, rates), plain) < 1e-2
+    assert len(set(losses(True, [0.0] * 8, dropout=0.3)[:4].tolist())) == 4     # of the same batch
 
 
 @on_gpu
