@@ -19,7 +19,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import linear_regression, mean, stdev
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init"             # parts of a row's name
@@ -301,7 +301,7 @@ def plot_curve(lines, path):
     """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions,
     all maps at their best rate, with the standard deviation where there are several seeds; for the
     small model of today the rivals' gaps, too. Heads are 64 wide. How many tokens the paper's model
-    saw is a guess."""
+    saw is a guess. Prints the power law of each line with four points or more."""
     import matplotlib.pyplot as plt
 
     found, curves = trained([r for r in lines if TABLES["scratch"][1](r)]), {}
@@ -323,6 +323,11 @@ def plot_curve(lines, path):
     for name, points in curves.items():
         x, y, deviations = zip(*points)
         axis.errorbar(x, y, deviations, fmt="o-", capsize=3, label=name)
+        if len(x) > 3:                          # a straight line here is a power law
+            slope, at_1 = linear_regression([math.log(a) for a in x], [math.log(b) for b in y])
+            off = max(abs(math.log(b) - at_1 - slope * math.log(a)) for a, b in zip(x, y))
+            print(f"{name}: a gap of {math.exp(at_1):.4f} (tokens per parameter)^{slope:.3f}, four "
+                  f"times the tokens multiply it by {4 ** slope:.2f}; off by {off:.1%} at most")
     axis.plot(95, math.log(20.8 / 18.6) / 4.5, "k*",
               label="the paper, 125M, WikiText-103 (probably)")
     axis.set(xscale="log", yscale="log", xlabel="tokens (or bytes) seen per parameter",
