@@ -22,18 +22,19 @@ def rotate(x, positions):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-# An operator, so that torch.compile makes this table once: what it sees into it would fuse with
-# rotate, and take a cosine and a sine for every number in q and k.
+# An operator, so that torch.compile does not see into it: it would fuse this with rotate, and take
+# cosine and sine anew for every number of q and k. So there is one table for all layers.
 @torch.library.custom_op("hedgehog::cos_and_sin", mutates_args=())
 def cos_and_sin(positions: torch.Tensor, half: int) -> torch.Tensor:
-    """Of the angle of each position and pair of features, (2, T, half) in fp32."""
+    """cos and sin of the angle by which each position turns each pair of features: (2, T, half),
+    fp32; positions (T)."""
     frequency = 10000 ** (-torch.arange(half, device=positions.device) / half)
     angle = positions.unsqueeze(-1) * frequency
     return torch.stack([angle.cos(), angle.sin()])
 
 
 cos_and_sin.register_fake(lambda positions, half: positions.new_empty(
-    2, len(positions), half, dtype=torch.float32))
+    2, positions.size(0), half, dtype=torch.float32))
 
 
 class Attention(nn.Module):

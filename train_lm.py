@@ -192,7 +192,7 @@ def autocast(o):
 
 
 def to_device(batch, device):
-    """Tensors on the device. A GPU copies pinned memory while it still works on the step before."""
+    """Tensors on the device. Python does not wait until a GPU has copied pinned memory."""
     if device.startswith("cuda"):
         return [x.pin_memory().to(device, non_blocking=True) for x in batch]
     return [x.to(device) for x in batch]
@@ -228,20 +228,19 @@ def adamw(parameters, lr):
 def batches_of(task, step, o):
     """A step's micro-batches of this process, on the device, each with its share of the targets."""
     examples = example_order(step, o.batch_size, task.num_examples("train"), o.seed)
-    mine, targets, batches = examples[rank()::world()], task.num_targets("train", examples), []
+    mine, targets = examples[rank()::world()], task.num_targets("train", examples)
     for i in range(0, len(mine), o.micro_batch):
         micro = mine[i:i + o.micro_batch]
         share = torch.tensor(task.num_targets("train", micro) / max(1, targets))
-        batches.append(to_device((*task.batch("train", micro), share), o.device))
-    return batches
+        yield to_device((*task.batch("train", micro), share), o.device)
 
 
 def update(model, optimizer, batches, o):
-    """One optimizer step on these micro-batches. Returns this process's part of the mean loss."""
+    """One optimizer step on what batches_of yields. Returns this process's part of the loss."""
     total = 0.0
     for i, (*batch, share) in enumerate(batches, 1):
         # Gradients are averaged over processes once, at the last micro-batch.
-        wait = isinstance(model, DistributedDataParallel) and i < len(batches)
+        wait = world() > 1 and i * o.micro_batch < o.batch_size // world()
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(o):
                 loss = model(*batch)[1] * share
@@ -255,22 +254,23 @@ def update(model, optimizer, batches, o):
     return total
 
 
-def recorded(update):
-    """`update` on a GPU, for one micro-batch of always the same shape. Its third call records what
-    it launches, as a CUDA graph, and later ones replay that: Python would take longer to launch the
-    kernels of a small model than they take to run."""
+def as_cuda_graph(function):
+    """`update` for steps of one micro-batch on a GPU, always with the same model and shapes. Python
+    would take longer to launch the kernels of a small model than they take to run: so the third
+    call records what it launches, which then, and in later calls, is replayed."""
     calls, graph, inputs, loss = 0, torch.cuda.CUDAGraph(), None, None
 
     def call(model, optimizer, batches, o):
         nonlocal calls, inputs, loss
         calls += 1
-        if calls < 3:                   # the first one compiles and makes the optimizer's state
-            return update(model, optimizer, batches, o)
+        if calls < 3:                   # compiles, sets up libraries, makes the optimizer's state
+            return function(model, optimizer, batches, o)
+        batch, = batches
         if inputs is None:
-            inputs, = batches
+            inputs = batch
             with torch.cuda.graph(graph):
-                loss = update(model, optimizer, [inputs], o)
-        for x, new in zip(inputs, *batches):
+                loss = function(model, optimizer, [inputs], o)
+        for x, new in zip(inputs, batch, strict=True):
             x.copy_(new)
         graph.replay()
         return loss.clone()
@@ -278,10 +278,9 @@ def recorded(update):
     return call
 
 
-def take_step(model, optimizer, task, step, o, update=update):
-    """One optimizer step on o.batch_size examples, a micro-batch at a time, each weighted by its
-    share of the targets. Returns this process's part of the mean loss."""
-    return update(model, optimizer, batches_of(task, step, o), o)
+def take_step(model, optimizer, task, step, o, function=update):
+    """One optimizer step on o.batch_size examples, by `update` or what does the same."""
+    return function(model, optimizer, batches_of(task, step, o), o)
 
 
 @torch.no_grad()
@@ -414,12 +413,13 @@ def train(o, data):
 
     model = torch.compile(raw_model) if o.compile else raw_model
     model = DistributedDataParallel(model) if world() > 1 else model
-    record = (o.compile and o.device.startswith("cuda") and world() == 1
-              and o.batch_size <= o.micro_batch)
-    step_update, rate = recorded(update) if record else update, torch.zeros((), device=o.device)
+    use_graph = (o.compile and o.device.startswith("cuda") and world() == 1
+                 and o.batch_size <= o.micro_batch)
+    function = as_cuda_graph(update) if use_graph else update
+    # load_state_dict brought the checkpoint's values. A graph would keep a rate that is a number.
+    rate = torch.zeros((), device=o.device)
     for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
-        # load_state_dict put the other run's here; what is recorded can read a tensor only
-        group |= {"lr": rate, "weight_decay": decay, "capturable": record}
+        group |= {"lr": rate, "weight_decay": decay, "capturable": use_graph}
     bar = tqdm(total=steps * tokens, initial=progress["step"] * tokens, unit="tok",
                unit_scale=True, disable=rank() > 0, desc="train")
     interrupted, begin = note_interrupts(), time.perf_counter()
@@ -448,7 +448,7 @@ def train(o, data):
             break
         progress.pop("stage", None)                         # distill.py's, trained further, is none
         rate.fill_(learning_rate(step, steps, o.lr, o.warmup))
-        progress["losses"].append(take_step(model, optimizer, data, step, o, step_update))
+        progress["losses"].append(take_step(model, optimizer, data, step, o, function))
         if step == first_step:
             float(progress["losses"][-1])                   # waits for the device
             seconds_of_first = time.perf_counter() - begin

@@ -1,11 +1,11 @@
-"""Times training steps of the 124M model at ever longer contexts, 65,536 tokens a step.
+"""Times training steps, by default of the 124M model at ever longer contexts, 65,536 tokens each.
 
     python tests/bench_training.py                          softmax and hedgehog
     python tests/bench_training.py --nanogpt model.py       beside nanoGPT, whose file this is
     python tests/bench_training.py --preset small --position rotary --contexts 1024 --tokens 16384
 
-Random tokens, bf16, compiled, no dropout; medians of 16 times 4 steps after 5, each launched by
-Python and, --graph, replayed as train_lm.py does. The last line is JSON.
+Random tokens, bf16, compiled, no dropout; medians of 16 timings of 4 steps each, after 5 steps;
+launched by Python or, with --graph, replayed as a CUDA graph. The last line is JSON.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def time_steps(name, T, args):
     model, task = torch.compile(raw), RandomTokens(T)
     optimizer = train_lm.adamw(raw.parameters(), 1e-4)
     optimizer.param_groups[0] |= {"lr": torch.tensor(1e-4, device="cuda"), "capturable": args.graph}
-    update = train_lm.recorded(train_lm.update) if args.graph else train_lm.update
+    function = train_lm.as_cuda_graph(train_lm.update) if args.graph else train_lm.update
     o = train_lm.Options(batch_size=args.tokens // T, micro_batch=args.tokens // T, device="cuda")
     seconds = []
     for step in range(21):
@@ -74,7 +74,7 @@ def time_steps(name, T, args):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
-            loss = train_lm.take_step(model, optimizer, task, step, o, update)
+            loss = train_lm.take_step(model, optimizer, task, step, o, function)
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - begin) / repeats)
         if step >= 5 and sum(seconds) > seconds[0] + args.limit:

@@ -705,7 +705,7 @@ def test_the_training_loss_is_the_mean_since_the_evaluation_before(monkeypatch):
     assert [line["train_loss"] for line in log("o")] == [0.5, 2.5, 4.5]
 
 
-def test_a_recorded_step_takes_the_batch_that_it_is_given(monkeypatch):
+def test_a_replayed_step_takes_the_batch_that_it_is_given(monkeypatch):
     """The graph here does again what was done while it recorded, as a GPU would."""
     launched, recording = [], []
 
@@ -726,7 +726,7 @@ def test_a_recorded_step_takes_the_batch_that_it_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(
         replay=lambda: [launch() for launch in launched]))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    update = train_lm.recorded(double)
+    update = train_lm.as_cuda_graph(double)
     losses = [update(None, None, [[torch.tensor(float(i))]], None) for i in range(6)]
     assert losses == [0, 2, 4, 6, 8, 10] and len(launched) == 1
 

@@ -529,7 +529,7 @@ def test_generation_by_a_captured_graph(attention):
 
 
 @on_gpu
-def test_recorded_training_steps():
+def test_replayed_training_steps():
     """They are those that Python launches, with the rate of the moment and dropout ever anew."""
     def losses(record, rates, dropout=0.0):
         torch.manual_seed(0)
@@ -537,7 +537,7 @@ def test_recorded_training_steps():
                             position="rotary", dropout=dropout)).cuda()
         optimizer, rate = train_lm.adamw(gpt.parameters(), 0.0), torch.zeros((), device="cuda")
         optimizer.param_groups[0] |= {"lr": rate, "capturable": record}
-        update = train_lm.recorded(train_lm.update) if record else train_lm.update
+        update = train_lm.as_cuda_graph(train_lm.update) if record else train_lm.update
         forward, o, found = torch.compile(gpt), train_lm.Options(device="cuda"), []
         xs = torch.randint(0, 50, (2, 4, 65), device="cuda")
         for i, value in enumerate(rates):
