@@ -267,7 +267,7 @@ def as_cuda_graph(function):
             return function(model, optimizer, batches, o)
         batch, = batches
         if inputs is None:
-            inputs = batch
+            inputs = [x.clone() for x in batch]
             with torch.cuda.graph(graph):
                 loss = function(model, optimizer, [inputs], o)
         for x, new in zip(inputs, batch, strict=True):

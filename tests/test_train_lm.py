@@ -727,8 +727,10 @@ def test_a_replayed_step_takes_the_batch_that_it_is_given(monkeypatch):
         replay=lambda: [launch() for launch in launched]))
     monkeypatch.setattr(torch.cuda, "graph", record)
     update = train_lm.as_cuda_graph(double)
-    losses = [update(None, None, [[torch.tensor(float(i))]], None) for i in range(6)]
+    given = [torch.tensor(float(i)) for i in range(6)]
+    losses = [update(None, None, [[x]], None) for x in given]
     assert losses == [0, 2, 4, 6, 8, 10] and len(launched) == 1
+    assert given == [0, 1, 2, 3, 4, 5]                      # copies were written to
 
 
 def test_without_clipping_a_run_trains():

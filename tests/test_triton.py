@@ -539,11 +539,11 @@ def test_replayed_training_steps():
         optimizer.param_groups[0] |= {"lr": rate, "capturable": record}
         update = train_lm.as_cuda_graph(train_lm.update) if record else train_lm.update
         forward, o, found = torch.compile(gpt), train_lm.Options(device="cuda"), []
-        xs = torch.randint(0, 50, (2, 4, 65), device="cuda")
+        xs, ys = torch.randint(0, 50, (2, 2, 4, 64), device="cuda")
         for i, value in enumerate(rates):
             rate.fill_(value)
-            x = xs[i // 4 % 2]
-            found.append(update(forward, optimizer, [[x[:, :-1], x[:, 1:], rate.new_ones(())]], o))
+            batch = [xs[i // 4 % 2], ys[i // 4 % 2], rate.new_ones(())]
+            found.append(update(forward, optimizer, [batch], o))
         return torch.stack(found)
 
     rates = [1e-2 / (1 + i % 5) for i in range(16)]
