@@ -222,17 +222,13 @@ class GPT(nn.Module):
     def stepper(self, caches, start, length):
         """A function from a token (B, 1) to the logits of the next, (B, vocab_size). Its first call
         takes the token at position `start`, each later call the one after, up to `length` tokens;
-        `caches` are those of the tokens before `start`.
-
-        On a GPU its second call records what a step launches, as a CUDA graph, and later ones
-        replay that: Python would take longer to launch the kernels than they take to run.
+        `caches` are those of the tokens before `start`. On a GPU it is `replayed`.
         """
         caches = [block.attn.mix.reserve(cache, length)
                   for block, cache in zip(self.blocks, caches)]
-        token = torch.zeros(caches[0][0].size(0), 1, dtype=torch.long, device=caches[0][0].device)
-        position, calls, graph, logits = torch.full_like(token[0], start), 0, None, None
+        position = torch.tensor([start], device=caches[0][0].device)
 
-        def step():
+        def step(token):
             x, new = self.hidden(token, caches, position)
             for cache, after in zip(caches, new):           # the same memory at each step
                 for old, value in zip(cache, after):
@@ -241,20 +237,7 @@ class GPT(nn.Module):
             position.add_(1)
             return self.logits_after(x)
 
-        def call(new):
-            nonlocal calls, graph, logits
-            token.copy_(new)
-            calls += 1
-            if not token.is_cuda or calls == 1:             # the first one also sets up libraries
-                return step()
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    logits = step()
-            graph.replay()
-            return logits
-
-        return call
+        return replayed(step, 1) if position.is_cuda else step
 
     def recompute_activations(self):
         """From now on backward makes each block's activations again: less memory, more time."""
@@ -267,6 +250,30 @@ class GPT(nn.Module):
             decay[p.dim() >= 2 and "feature_map" not in name].append(p)
         return [{"params": decay[True], "weight_decay": weight_decay},
                 {"params": decay[False], "weight_decay": 0.0}]
+
+
+def replayed(function, plain):
+    """`function` of tensors on a GPU, always of the same shapes, as a CUDA graph: Python would take
+    longer to launch the kernels of a small model than they take to run. The first calls, `plain` of
+    them, compile and set up libraries. The next one records what it launches, and from then on that
+    is replayed. The function returns a tensor and may change others where they are."""
+    calls, graph, inputs, result = 0, torch.cuda.CUDAGraph(), None, None
+
+    def call(*tensors):
+        nonlocal calls, inputs, result
+        calls += 1
+        if calls <= plain:
+            return function(*tensors)
+        if inputs is None:
+            inputs = [x.clone() for x in tensors]
+            with torch.cuda.graph(graph):
+                result = function(*inputs)
+        for x, new in zip(inputs, tensors, strict=True):
+            x.copy_(new)
+        graph.replay()
+        return result.clone()
+
+    return call
 
 
 # --- the loss in chunks ---------------------------------------------------------------------------

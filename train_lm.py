@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from command_line import claimed, one_line_errors, option, parse
-from gpt import GPT
+from gpt import GPT, replayed
 from hedgehog import FEATURE_MAPS, GPTConfig
 from tasks import gpt2_encoding, load_data, write_whole
 
@@ -236,7 +236,7 @@ def batches_of(task, step, o):
 
 
 def update(model, optimizer, batches, o):
-    """One optimizer step on what batches_of yields. Returns this process's part of the loss."""
+    """take_step with the micro-batches that batches_of yields."""
     total = 0.0
     for i, (*batch, share) in enumerate(batches, 1):
         # Gradients are averaged over processes once, at the last micro-batch.
@@ -254,33 +254,16 @@ def update(model, optimizer, batches, o):
     return total
 
 
-def as_cuda_graph(function):
-    """`update` for steps of one micro-batch on a GPU, always with the same model and shapes. Python
-    would take longer to launch the kernels of a small model than they take to run: so the third
-    call records what it launches, which then, and in later calls, is replayed."""
-    calls, graph, inputs, loss = 0, torch.cuda.CUDAGraph(), None, None
-
-    def call(model, optimizer, batches, o):
-        nonlocal calls, inputs, loss
-        calls += 1
-        if calls < 3:                   # compiles, sets up libraries, makes the optimizer's state
-            return function(model, optimizer, batches, o)
-        batch, = batches
-        if inputs is None:
-            inputs = [x.clone() for x in batch]
-            with torch.cuda.graph(graph):
-                loss = function(model, optimizer, [inputs], o)
-        for x, new in zip(inputs, batch, strict=True):
-            x.copy_(new)
-        graph.replay()
-        return loss.clone()
-
-    return call
+def take_step(model, optimizer, task, step, o, graph=None):
+    """One optimizer step on o.batch_size examples, a micro-batch at a time. Returns this process's
+    part of the mean loss. With one micro-batch `graph` can be what update_graph returns."""
+    batches = batches_of(task, step, o)
+    return graph(*next(batches)) if graph else update(model, optimizer, batches, o)
 
 
-def take_step(model, optimizer, task, step, o, function=update):
-    """One optimizer step on o.batch_size examples, by `update` or what does the same."""
-    return function(model, optimizer, batches_of(task, step, o), o)
+def update_graph(model, optimizer, o):
+    """`update` of one micro-batch on a GPU, as a CUDA graph. A rate has to be a tensor there."""
+    return replayed(lambda *batch: update(model, optimizer, [batch], o), plain=2)
 
 
 @torch.no_grad()
@@ -415,7 +398,7 @@ def train(o, data):
     model = DistributedDataParallel(model) if world() > 1 else model
     use_graph = (o.compile and o.device.startswith("cuda") and world() == 1
                  and o.batch_size <= o.micro_batch)
-    function = as_cuda_graph(update) if use_graph else update
+    graph = update_graph(model, optimizer, o) if use_graph else None
     # load_state_dict brought the checkpoint's values. A graph would keep a rate that is a number.
     rate = torch.zeros((), device=o.device)
     for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
@@ -448,7 +431,7 @@ def train(o, data):
             break
         progress.pop("stage", None)                         # distill.py's, trained further, is none
         rate.fill_(learning_rate(step, steps, o.lr, o.warmup))
-        progress["losses"].append(take_step(model, optimizer, data, step, o, function))
+        progress["losses"].append(take_step(model, optimizer, data, step, o, graph))
         if step == first_step:
             float(progress["losses"][-1])                   # waits for the device
             seconds_of_first = time.perf_counter() - begin

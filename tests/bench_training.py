@@ -66,15 +66,15 @@ def time_steps(name, T, args):
     model, task = torch.compile(raw), RandomTokens(T)
     optimizer = train_lm.adamw(raw.parameters(), 1e-4)
     optimizer.param_groups[0] |= {"lr": torch.tensor(1e-4, device="cuda"), "capturable": args.graph}
-    function = train_lm.as_cuda_graph(train_lm.update) if args.graph else train_lm.update
     o = train_lm.Options(batch_size=args.tokens // T, micro_batch=args.tokens // T, device="cuda")
+    graph = train_lm.update_graph(model, optimizer, o) if args.graph else None
     seconds = []
     for step in range(21):
         repeats = 1 if step < 5 else 4                      # so that steps can overlap
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
-            loss = train_lm.take_step(model, optimizer, task, step, o, function)
+            loss = train_lm.take_step(model, optimizer, task, step, o, graph)
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - begin) / repeats)
         if step >= 5 and sum(seconds) > seconds[0] + args.limit:

@@ -1,12 +1,14 @@
 """What defines each feature map, and the GPT around it."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
-from gpt import GPT, cos_and_sin, linear_cross_entropy, rotate
+from gpt import GPT, cos_and_sin, linear_cross_entropy, replayed, rotate
 from hedgehog import (FEATURE_MAPS, GPTConfig, LinearAttention, Performer, entropy,
                       hedgehog_attention, monotonicity, softmax_attention,
                       softmax_attention_weights)
@@ -423,6 +425,36 @@ def test_the_loss_in_chunks_and_its_gradients(chunk):
     for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, w)),
                             torch.autograd.grad(3 * exact, (x, w))):
         assert torch.allclose(ours, theirs)
+
+
+def test_a_replayed_function_takes_what_it_is_given(monkeypatch):
+    """The graph here does again what was done while it recorded, as a GPU would."""
+    launched, recording = [], []
+
+    @contextlib.contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    def double(x):
+        y = torch.zeros(())
+        if recording:
+            launched.append(lambda: y.copy_(2 * x))         # recorded, not done
+        else:
+            y.copy_(2 * x)
+        return y
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(
+        replay=lambda: [launch() for launch in launched]))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    function, given = replayed(double, 2), [torch.tensor(float(i)) for i in range(6)]
+    results = []
+    for i, x in enumerate(given):
+        results.append(function(x))
+        assert len(launched) == (i >= 2)
+    assert results == [0, 2, 4, 6, 8, 10]
+    assert given == [0, 1, 2, 3, 4, 5]                      # copies were written to
 
 
 @pytest.mark.parametrize("frozen", [False, True])

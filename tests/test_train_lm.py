@@ -1,6 +1,5 @@
 """train_lm.py from its command line: every kind of data, resuming, several processes, errors."""
 
-import contextlib
 import http.server
 import io
 import json
@@ -703,34 +702,6 @@ def test_the_training_loss_is_the_mean_since_the_evaluation_before(monkeypatch):
         torch.tensor(float(step))))
     result(TINY)
     assert [line["train_loss"] for line in log("o")] == [0.5, 2.5, 4.5]
-
-
-def test_a_replayed_step_takes_the_batch_that_it_is_given(monkeypatch):
-    """The graph here does again what was done while it recorded, as a GPU would."""
-    launched, recording = [], []
-
-    @contextlib.contextmanager
-    def record(graph):
-        recording.append(graph)
-        yield
-        recording.clear()
-
-    def double(model, optimizer, batches, o):
-        (x,), loss = batches[0], torch.zeros(())
-        if recording:
-            launched.append(lambda: loss.copy_(2 * x))      # recorded, not done
-        else:
-            loss.copy_(2 * x)
-        return loss
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(
-        replay=lambda: [launch() for launch in launched]))
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    update = train_lm.as_cuda_graph(double)
-    given = [torch.tensor(float(i)) for i in range(6)]
-    losses = [update(None, None, [[x]], None) for x in given]
-    assert losses == [0, 2, 4, 6, 8, 10] and len(launched) == 1
-    assert given == [0, 1, 2, 3, 4, 5]                      # copies were written to
 
 
 def test_without_clipping_a_run_trains():

@@ -537,13 +537,14 @@ def test_replayed_training_steps():
                             position="rotary", dropout=dropout)).cuda()
         optimizer, rate = train_lm.adamw(gpt.parameters(), 0.0), torch.zeros((), device="cuda")
         optimizer.param_groups[0] |= {"lr": rate, "capturable": record}
-        update = train_lm.as_cuda_graph(train_lm.update) if record else train_lm.update
         forward, o, found = torch.compile(gpt), train_lm.Options(device="cuda"), []
+        graph = train_lm.update_graph(forward, optimizer, o)
         xs, ys = torch.randint(0, 50, (2, 2, 4, 64), device="cuda")
         for i, value in enumerate(rates):
             rate.fill_(value)
             batch = [xs[i // 4 % 2], ys[i // 4 % 2], rate.new_ones(())]
-            found.append(update(forward, optimizer, [batch], o))
+            found.append(graph(*batch) if record else train_lm.update(
+                forward, optimizer, [batch], o))
         return torch.stack(found)
 
     rates = [1e-2 / (1 + i % 5) for i in range(16)]

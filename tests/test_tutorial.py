@@ -104,7 +104,7 @@ def test_links_lines_and_tables(file):
         assert ((ROOT / file).parent / path).exists(), path
     assert not [x for x in text.splitlines() if len(x) > 100 and not x.startswith("|")]
     assert tables.rewrite(text, tables.results()) == text, "run python tests/tables.py"
-    assert text.count("<!-- table ") == text.count("<!-- end -->"), "a table has lost its first line"
+    assert text.count("<!-- table ") == text.count("<!-- end -->"), "a table lost its first line"
 
 
 if __name__ == "__main__":
