@@ -44,7 +44,7 @@ from hedgehog import GPTConfig, SoftmaxAttention, attention_kl, softmax_attentio
 from linear import linear_attention_weights
 from tasks import (Classification, Images, Responses, glue, gpt2_encoding, listops, load_data,
                    matthews)
-from train_lm import autocast
+from train_lm import autocast, set_rate
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block
     block = block or max(1, 2**25 // (B * H * T))
     part = compiled(kl_of_queries) if compile else kl_of_queries
     if block < T:
-        part = functools.partial(recompute, part, use_reentrant=False)
+        part = functools.partial(recompute, part, use_reentrant=False, preserve_rng_state=False)
     phi_q, phi_k = feature_map(q, k, positions)             # (B, H, T, F)
     mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
     total = 0.0
@@ -192,28 +192,33 @@ def distill(model, mixes, task, o):
     parameters = [p for m in maps if m for p in m.parameters()]
     model.eval()                        # no dropout
     optimizer = torch.optim.AdamW(parameters, lr=o.distill_lr, weight_decay=0.0)
+
+    def backward(*batch):
+        *batch, share = batch
+        loss = 0.0
+
+        def learn(i, q, k, positions, causal, key_mask):
+            nonlocal loss
+            if maps[i] is None:
+                return
+            q, k = (x.detach().to(parameters[0].dtype) for x in (q, k))
+            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+                part = mimicry_loss(maps[i], q, k, positions, causal, key_mask, compile=o.compile)
+                part = part * share / sum(map(bool, maps))
+                part.backward()
+            loss = loss + part.detach()
+
+        with watching(layers, learn), torch.no_grad(), autocast(o):
+            run_layers(model, *batch)
+        return loss
+
+    backward = train_lm.with_graph(backward, o)
     bar = tqdm(range(o.distill_steps), desc="stage 1")
     for step in bar:
-        loss = 0.0
-        for batch, share in micro_batches(task, step, o):
-            def learn(i, q, k, positions, causal, key_mask):
-                nonlocal loss
-                if maps[i] is None:
-                    return
-                q, k = (x.detach().to(parameters[0].dtype) for x in (q, k))
-                with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                    part = mimicry_loss(maps[i], q, k, positions, causal, key_mask,
-                                        compile=o.compile)
-                    part = part * share / len([m for m in maps if m])
-                    part.backward()
-                loss = loss + part.detach()
-
-            with watching(layers, learn), torch.no_grad(), autocast(o):
-                run_layers(model, *batch)
         set_rate(optimizer, step, o.distill_steps, o.distill_lr, o.warmup)
+        losses.append(sum(backward(*batch) for batch in micro_batches(task, step, o)))
         optimizer.step()            # gradients are not clipped: that would tie the layers together
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
+        optimizer.zero_grad(set_to_none=False)              # a graph adds to them where they are
         show_loss(bar, losses, "stage 1", o.distill_steps)
     return torch.stack(losses).tolist()
 
@@ -227,28 +232,24 @@ def finetune(model, task, o, name, steps, lr, groups=None):
         model.recompute_activations()
     torch.compiler.reset()                                  # forget the models before this one
     forward = torch.compile(model) if o.compile else model
+    backward = train_lm.backward_of(forward, o)
     bar = tqdm(range(steps), desc=name)
     for step in bar:
         set_rate(optimizer, step, steps, lr, o.warmup)
-        losses.append(train_lm.take_step(forward, optimizer, task, step, o))
+        losses.append(train_lm.take_step(forward, optimizer, task, step, o, backward))
         show_loss(bar, losses, name, steps)
     return optimizer, torch.stack(losses).tolist()
 
 
 def micro_batches(task, step, o):
-    """One step's batches on the device; with each, its share of the step's tokens."""
+    """A step's micro-batches on the device, each with its share of the step's tokens."""
     order = train_lm.example_order(step, o.batch_size, task.num_examples("train"), o.seed)
     batches = [task.batch("train", order[i:i + o.micro_batch])
                for i in range(0, len(order), o.micro_batch)]
     tokens = [int((batch[2] if len(batch) > 2 else torch.ones_like(batch[0])).sum())
               for batch in batches]
     for batch, n in zip(batches, tokens):
-        yield train_lm.to_device(batch, o.device), n / sum(tokens)
-
-
-def set_rate(optimizer, step, steps, lr, warmup):
-    for group in optimizer.param_groups:
-        group["lr"] = train_lm.learning_rate(step, steps, lr, warmup)
+        yield train_lm.to_device((*batch, torch.tensor(n / sum(tokens))), o.device)
 
 
 def show_loss(bar, losses, name, steps):

@@ -5,6 +5,7 @@ a language model or, with num_classes, a classifier of sequences.
 """
 
 import math
+from collections import Counter
 
 import torch
 from torch import nn
@@ -252,22 +253,24 @@ class GPT(nn.Module):
                 {"params": decay[False], "weight_decay": 0.0}]
 
 
-def replayed(function, plain):
-    """`function` of tensors on a GPU, always of the same shapes, as a CUDA graph: Python would take
-    longer to launch the kernels of a small model than they take to run. The first calls, `plain` of
-    them, compile and set up libraries. The next one records what it launches, and from then on that
-    is replayed. The function returns a tensor and may change others where they are."""
-    calls, graph, inputs, result = 0, torch.cuda.CUDAGraph(), None, None
+def replayed(function, plain=2):
+    """`function` of tensors on a GPU as a CUDA graph: Python would take longer to launch the
+    kernels of a small model than they take to run. The first `plain` calls with tensors of the
+    same shapes compile and set up libraries. The next one records what it launches, and from then
+    on that is replayed for these shapes. The function returns a tensor and may change others where
+    they are."""
+    seen, graph, shapes, inputs, result = Counter(), torch.cuda.CUDAGraph(), None, None, None
 
     def call(*tensors):
-        nonlocal calls, inputs, result
-        calls += 1
-        if calls <= plain:
-            return function(*tensors)
-        if inputs is None:
-            inputs = [x.clone() for x in tensors]
+        nonlocal shapes, inputs, result
+        now = tuple(x.shape for x in tensors)
+        seen[now] += 1
+        if shapes is None and seen[now] > plain:
+            shapes, inputs = now, [x.clone() for x in tensors]
             with torch.cuda.graph(graph):
                 result = function(*inputs)
+        if now != shapes:
+            return function(*tensors)
         for x, new in zip(inputs, tensors, strict=True):
             x.copy_(new)
         graph.replay()

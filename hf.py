@@ -29,6 +29,7 @@ from hedgehog import GPTConfig, SoftmaxAttention, make_mix
 try:
     import transformers
     from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.utils.import_utils import is_tracing
 except ImportError as e:
     raise ValueError(f"models of Hugging Face need transformers ({e}): pip install "
                      "'transformers>=5.17,<5.25'")
@@ -71,10 +72,10 @@ def attention(module, q, k, v, key_mask=None, scaling=None, **_):
 def padding_mask(attention_mask=None, mask_function=None, **_):
     """What reaches `attention` as key_mask: the padding alone. Causality is the module's."""
     name = getattr(mask_function, "__name__", "")
-    # Compiled, transformers takes every batch for a packed one, as it cannot look at the positions:
-    # there a batch that really is packed passes unnoticed.
+    # While a batch is compiled or a CUDA graph records it, transformers cannot look at the
+    # positions and takes it for a packed one: one that really is passes unnoticed.
     plain = ("causal_mask_function", "bidirectional_mask_function")
-    if name not in plain and not torch.compiler.is_compiling():
+    if name not in plain and not is_tracing():
         raise ValueError("sliding windows and packed sequences are not supported here")
     return attention_mask
 

@@ -221,6 +221,11 @@ def learning_rate(step, steps, peak, warmup):
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
+def set_rate(optimizer, step, steps, peak, warmup):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, steps, peak, warmup)
+
+
 def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), fused=True)
 
@@ -235,35 +240,40 @@ def batches_of(task, step, o):
         yield to_device((*task.batch("train", micro), share), o.device)
 
 
-def update(model, optimizer, batches, o):
-    """take_step with the micro-batches that batches_of yields."""
-    total = 0.0
-    for i, (*batch, share) in enumerate(batches, 1):
+def backward_of(model, o):
+    """A function of a micro-batch and its share of the targets, which adds their gradients and
+    returns their part of the mean loss."""
+    def backward(*batch):
+        *batch, share = batch
+        with autocast(o):
+            loss = model(*batch)[1] * share
+        (loss * world()).backward()
+        return loss.detach()
+
+    return with_graph(backward, o)
+
+
+def with_graph(function, o):
+    """With --compile on one GPU `replayed`."""
+    use = o.compile and o.device.startswith("cuda") and world() == 1
+    return replayed(function) if use else function
+
+
+def take_step(model, optimizer, task, step, o, backward=None):
+    """One optimizer step on o.batch_size examples, a micro-batch at a time. Returns this process's
+    part of the mean loss. `backward` is backward_of(model, o), kept for all steps."""
+    total, backward = 0.0, backward or backward_of(model, o)
+    for i, batch in enumerate(batches_of(task, step, o), 1):
         # Gradients are averaged over processes once, at the last micro-batch.
         wait = world() > 1 and i * o.micro_batch < o.batch_size // world()
         with model.no_sync() if wait else contextlib.nullcontext():
-            with autocast(o):
-                loss = model(*batch)[1] * share
-            (loss * world()).backward()
-        total = total + loss.detach()
+            total = total + backward(*batch)
     if o.grad_clip:
         torch.nn.utils.clip_grad_norm_(
             [p for group in optimizer.param_groups for p in group["params"]], o.grad_clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)                  # a graph adds to them where they are
     return total
-
-
-def take_step(model, optimizer, task, step, o, graph=None):
-    """One optimizer step on o.batch_size examples, a micro-batch at a time. Returns this process's
-    part of the mean loss. With one micro-batch `graph` can be what update_graph returns."""
-    batches = batches_of(task, step, o)
-    return graph(*next(batches)) if graph else update(model, optimizer, batches, o)
-
-
-def update_graph(model, optimizer, o):
-    """`update` of one micro-batch on a GPU, as a CUDA graph. A rate has to be a tensor there."""
-    return replayed(lambda *batch: update(model, optimizer, [batch], o), plain=2)
 
 
 @torch.no_grad()
@@ -396,13 +406,8 @@ def train(o, data):
 
     model = torch.compile(raw_model) if o.compile else raw_model
     model = DistributedDataParallel(model) if world() > 1 else model
-    use_graph = (o.compile and o.device.startswith("cuda") and world() == 1
-                 and o.batch_size <= o.micro_batch)
-    graph = update_graph(model, optimizer, o) if use_graph else None
-    # load_state_dict brought the checkpoint's values. A graph would keep a rate that is a number.
-    rate = torch.zeros((), device=o.device)
-    for group, decay in zip(optimizer.param_groups, (o.weight_decay, 0.0)):
-        group |= {"lr": rate, "weight_decay": decay, "capturable": use_graph}
+    backward = backward_of(model, o)
+    optimizer.param_groups[0]["weight_decay"] = o.weight_decay      # not the checkpoint's
     bar = tqdm(total=steps * tokens, initial=progress["step"] * tokens, unit="tok",
                unit_scale=True, disable=rank() > 0, desc="train")
     interrupted, begin = note_interrupts(), time.perf_counter()
@@ -430,8 +435,8 @@ def train(o, data):
         if step >= steps or interrupted:
             break
         progress.pop("stage", None)                         # distill.py's, trained further, is none
-        rate.fill_(learning_rate(step, steps, o.lr, o.warmup))
-        progress["losses"].append(take_step(model, optimizer, data, step, o, graph))
+        set_rate(optimizer, step, steps, o.lr, o.warmup)
+        progress["losses"].append(take_step(model, optimizer, data, step, o, backward))
         if step == first_step:
             float(progress["losses"][-1])                   # waits for the device
             seconds_of_first = time.perf_counter() - begin

@@ -65,16 +65,16 @@ def time_steps(name, T, args):
         raw.recompute_activations()
     model, task = torch.compile(raw), RandomTokens(T)
     optimizer = train_lm.adamw(raw.parameters(), 1e-4)
-    optimizer.param_groups[0] |= {"lr": torch.tensor(1e-4, device="cuda"), "capturable": args.graph}
-    o = train_lm.Options(batch_size=args.tokens // T, micro_batch=args.tokens // T, device="cuda")
-    graph = train_lm.update_graph(model, optimizer, o) if args.graph else None
+    o = train_lm.Options(batch_size=args.tokens // T, micro_batch=args.micro // T, device="cuda",
+                         compile=args.graph)
+    backward = train_lm.backward_of(model, o)
     seconds = []
     for step in range(21):
         repeats = 1 if step < 5 else 4                      # so that steps can overlap
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
-            loss = train_lm.take_step(model, optimizer, task, step, o, graph)
+            loss = train_lm.take_step(model, optimizer, task, step, o, backward)
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - begin) / repeats)
         if step >= 5 and sum(seconds) > seconds[0] + args.limit:
@@ -92,9 +92,11 @@ if __name__ == "__main__":
     parser.add_argument("--position", default="learned", help="or rotary")
     parser.add_argument("--graph", action="store_true", help="replay a CUDA graph")
     parser.add_argument("--tokens", type=int, default=65536, help="of a step")
+    parser.add_argument("--micro", type=int, default=0, help="of a micro-batch (default: all)")
     parser.add_argument("--limit", type=float, default=20, help="seconds of a measurement")
     parser.add_argument("--recompute", action="store_true", help="make activations again")
     args, rows, begin = parser.parse_args(), [], time.perf_counter()
+    args.micro = args.micro or args.tokens
     torch.set_float32_matmul_precision("high")
     for T in args.contexts:
         for name in (["nanogpt"] if args.nanogpt else []) + args.attentions:
@@ -103,7 +105,8 @@ if __name__ == "__main__":
                          "tokens_per_second": round(args.tokens / seconds),
                          "first_step_seconds": round(first, 1), "peak_memory_gib": round(gib, 2)})
             print(rows[-1], flush=True)
-    print(json.dumps({"training": rows, "tokens": args.tokens, "recompute": args.recompute,
+    print(json.dumps({"training": rows, "tokens": args.tokens, "micro": args.micro,
+                      "recompute": args.recompute,
                       "preset": args.preset, "position": args.position, "graph": args.graph,
                       "data": "random tokens", "seed": 0, "device": torch.cuda.get_device_name(),
                       "torch": torch.__version__, "date": str(date.today()),

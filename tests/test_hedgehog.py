@@ -438,7 +438,7 @@ def test_a_replayed_function_takes_what_it_is_given(monkeypatch):
         recording.clear()
 
     def double(x):
-        y = torch.zeros(())
+        y = torch.zeros_like(x)
         if recording:
             launched.append(lambda: y.copy_(2 * x))         # recorded, not done
         else:
@@ -448,11 +448,12 @@ def test_a_replayed_function_takes_what_it_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(
         replay=lambda: [launch() for launch in launched]))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    function, given = replayed(double, 2), [torch.tensor(float(i)) for i in range(6)]
-    results = []
+    function, given = replayed(double), [torch.tensor(float(i)) for i in range(6)]
+    other, results = torch.ones(3), []
     for i, x in enumerate(given):
         results.append(function(x))
         assert len(launched) == (i >= 2)
+        assert function(other).tolist() == [2, 2, 2] and len(launched) == (i >= 2)
     assert results == [0, 2, 4, 6, 8, 10]
     assert given == [0, 1, 2, 3, 4, 5]                      # copies were written to
 

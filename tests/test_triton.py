@@ -6,6 +6,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -15,12 +16,15 @@ if sys.platform == "linux":     # where requirements.txt has it: missing is an e
 else:
     pytest.importorskip("triton")
 
+import distill
 import hedgehog
 import kernel
+import tasks
 import train_lm
+from analysis import put
 from gpt import GPT
-from hedgehog import (GPTConfig, Hedgehog, LinearAttention, hedgehog_attention, hedgehog_features,
-                      linear_attention)
+from hedgehog import (GPTConfig, Hedgehog, LinearAttention, SoftmaxAttention, hedgehog_attention,
+                      hedgehog_features, linear_attention)
 from kernel import EPS, fused_attention
 from linear import chunked_linear_attention, naive_linear_attention
 
@@ -528,29 +532,47 @@ def test_generation_by_a_captured_graph(attention):
             assert error(step(token), gpt(whole)[0][:, -1]) < 1e-3
 
 
+def squares(n):
+    tokens = np.arange(n) ** 2 % 47
+    return tasks.Text("squares", "bytes", 50, {"train": tokens, "valid": tokens}, {}, 64)
+
+
 @on_gpu
 def test_replayed_training_steps():
-    """They are those that Python launches, with the rate of the moment and dropout ever anew."""
-    def losses(record, rates, dropout=0.0):
+    """They are those that Python launches, with the rate of the moment and dropout ever anew. Of
+    the micro-batches of 3, 3 and 1 sequences those of 3 are replayed."""
+    def losses(replay, rates, steps, dropout=0.0):
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(vocab_size=50, block_size=64, n_layer=2, n_head=2, n_embd=64,
                             position="rotary", dropout=dropout)).cuda()
-        optimizer, rate = train_lm.adamw(gpt.parameters(), 0.0), torch.zeros((), device="cuda")
-        optimizer.param_groups[0] |= {"lr": rate, "capturable": record}
-        forward, o, found = torch.compile(gpt), train_lm.Options(device="cuda"), []
-        graph = train_lm.update_graph(forward, optimizer, o)
-        xs, ys = torch.randint(0, 50, (2, 2, 4, 64), device="cuda")
-        for i, value in enumerate(rates):
-            rate.fill_(value)
-            batch = [xs[i // 4 % 2], ys[i // 4 % 2], rate.new_ones(())]
-            found.append(graph(*batch) if record else train_lm.update(
-                forward, optimizer, [batch], o))
+        o = train_lm.Options(device="cuda", compile=replay, batch_size=7, micro_batch=3)
+        task = squares(1000)
+        optimizer, forward, found = train_lm.adamw(gpt.parameters(), 0.0), torch.compile(gpt), []
+        backward = train_lm.backward_of(forward, o)
+        for rate, step in zip(rates, steps):
+            optimizer.param_groups[0]["lr"] = rate
+            found.append(train_lm.take_step(forward, optimizer, task, step, o, backward))
         return torch.stack(found)
 
     rates = [1e-2 / (1 + i % 5) for i in range(16)]
-    plain = losses(False, rates)
-    assert plain[3] < plain[0] - 0.3 and error(losses(True, rates), plain) < 1e-2
-    assert len(set(losses(True, [0.0] * 8, dropout=0.3)[:4].tolist())) == 4     # of the same batch
+    plain = losses(False, rates, range(16))
+    assert plain[-1] < plain[0] - 0.3 and error(losses(True, rates, range(16)), plain) < 1e-2
+    assert len(set(losses(True, [0.0] * 8, [0] * 8, dropout=0.3).tolist())) == 8
+
+
+@on_gpu
+def test_replayed_steps_of_stage_1():
+    losses, task = [], squares(5000)
+    for compile in (False, True):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(vocab_size=50, block_size=64, n_layer=2, n_head=2, n_embd=64)).cuda()
+        for p in gpt.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        mixes = [layer.mix for layer in gpt.attention_layers()]
+        put([SoftmaxAttention() for _ in mixes], gpt.attention_layers())
+        losses.append(torch.tensor(distill.distill(gpt, mixes, task, distill.Options(
+            device="cuda", compile=compile, batch_size=7, micro_batch=3, distill_steps=20))))
+    assert losses[0][-1] < 0.7 * losses[0][0] and error(losses[1], losses[0]) < 1e-2
 
 
 @on_gpu
