@@ -90,7 +90,7 @@ class Options(train_lm.Options):
         self.out = out or f"out/distill-{name}-{self.attention}"
 
 
-BY_EPOCHS = dict(teacher_steps=0, steps=400, lr=1e-3)
+BY_EPOCHS = dict(teacher_steps=0, distill_steps=2000, distill_batch_size=4, steps=400, lr=1e-3)
 PRESETS = {
     # On learned positions attention is easier to mimic than on rotary ones.
     "tiny": dict(position="learned"),
@@ -193,8 +193,7 @@ def distill(model, mixes, task, o):
     model.eval()                        # no dropout
     optimizer = torch.optim.AdamW(parameters, lr=o.distill_lr, weight_decay=0.0)
 
-    def backward(*batch):
-        *batch, share = batch
+    def backward(share, *batch):
         loss = 0.0
 
         def learn(i, q, k, positions, causal, key_mask):
@@ -242,14 +241,14 @@ def finetune(model, task, o, name, steps, lr, groups=None):
 
 
 def micro_batches(task, step, o):
-    """A step's micro-batches on the device, each with its share of the step's tokens."""
+    """A step's micro-batches on the device, each after its share of the step's tokens."""
     order = train_lm.example_order(step, o.batch_size, task.num_examples("train"), o.seed)
     batches = [task.batch("train", order[i:i + o.micro_batch])
                for i in range(0, len(order), o.micro_batch)]
     tokens = [int((batch[2] if len(batch) > 2 else torch.ones_like(batch[0])).sum())
               for batch in batches]
     for batch, n in zip(batches, tokens):
-        yield train_lm.to_device((*batch, torch.tensor(n / sum(tokens))), o.device)
+        yield train_lm.to_device((torch.tensor(n / sum(tokens)), *batch), o.device)
 
 
 def show_loss(bar, losses, name, steps):

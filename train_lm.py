@@ -231,20 +231,19 @@ def adamw(parameters, lr):
 
 
 def batches_of(task, step, o):
-    """A step's micro-batches of this process, on the device, each with its share of the targets."""
+    """A step's micro-batches of this process on the device, each after its share of the targets."""
     examples = example_order(step, o.batch_size, task.num_examples("train"), o.seed)
     mine, targets = examples[rank()::world()], task.num_targets("train", examples)
     for i in range(0, len(mine), o.micro_batch):
         micro = mine[i:i + o.micro_batch]
         share = torch.tensor(task.num_targets("train", micro) / max(1, targets))
-        yield to_device((*task.batch("train", micro), share), o.device)
+        yield to_device((share, *task.batch("train", micro)), o.device)
 
 
 def backward_of(model, o):
-    """A function of a micro-batch and its share of the targets, which adds their gradients and
-    returns their part of the mean loss."""
-    def backward(*batch):
-        *batch, share = batch
+    """A function of what batches_of yields, which adds the gradients of a micro-batch and returns
+    its part of the mean loss."""
+    def backward(share, *batch):
         with autocast(o):
             loss = model(*batch)[1] * share
         (loss * world()).backward()

@@ -25,18 +25,21 @@ ROOT = Path(__file__).parent.parent
 OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init"             # parts of a row's name
 STAGES = ("softmax, the teacher", "swapped", "stage 1", "stage 2", "softmax, finetuned",
           "from scratch")
-# What is compared, the table, column and rows to take it from, and the paper's gap: perplexities
-# of 20.8 for 18.6 and of 16.7 for 15.8, and about 4.5 bytes a token.
+# What is compared, the table, column and rows to take it from, the map, and the paper's gap:
+# perplexities of 20.8 for 18.6 and of 16.7 for 15.8, and about 4.5 bytes a token.
 HEADLINE = [
-    ("associative recall, % right", "scratch", "% right", {"data": "recall"}, "-"),
+    ("associative recall, % right", "scratch", "% right", {"data": "recall"},
+     "hedgehog", "-"),
     ("from scratch, 30M on Wikipedia, 1,681 M tokens (H200), perplexity per token", "scratch",
-     "perplexity", {"data": "enwiki-88m", "steps": "102,624"}, "0.025; 11.8 %"),
+     "perplexity", {"data": "enwiki-88m", "steps": "102,624"}, "hedgehog", "0.025; 11.8 %"),
     ("from scratch, 124M on Wikipedia, 344 M tokens (H100), perplexity per token", "scratch",
-     "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "0.025; 11.8 %"),
-    ("SmolLM2-135M converted, softmax finetuned alike (H100), perplexity per token of its own",
-     "checkpoint", "stage 2", {"steps": "2,000 + 4,000"}, "GPT-2's: 0.012; 5.7 %"),
+     "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "hedgehog", "0.025; 11.8 %"),
+    ("SmolLM2-135M converted, W twice as wide, softmax finetuned alike (H200, H100), perplexity "
+     "per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 4,000"},
+     "hedgehog --feature-dim 128", "GPT-2's: 0.012; 5.7 %"),
     ("the 124M model converted, softmax finetuned alike (H200), perplexity per token",
-     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "250 + 2,400"}, "0.012; 5.7 %")]
+     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "2,000 + 3,000"}, "hedgehog",
+     "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
 SMOLLM2_BYTES = 1436165 / 323336
 
@@ -138,11 +141,11 @@ def conversions(chosen, lines):
             first = f"{options['distill_steps']:,} + " if "stage 1" in own else ""
             position = options.get("position", "learned")       # older runs do not say
             key = ("".join([model, *extra]), r["data"], position, f"{first}{options['steps']:,}",
-                   bool(options.get("teacher")))
+                   options["lr"], bool(options.get("teacher")))
             figures = {stage: (softmax | own).get(stage, {}) for stage in STAGES}
             found.setdefault(key, {})[r["seed"]] = figures, r["figure"]
     rows = []
-    for (name, data, position, steps, _), runs in found.items():
+    for (name, data, position, steps, rate, _), runs in found.items():
         def over_seeds(stage, key=None):
             return [figures[stage].get(key or figure) for figures, figure in runs.values()]
 
@@ -154,7 +157,7 @@ def conversions(chosen, lines):
                 for stage in ("stage 2", "softmax, finetuned")]
         rows.append({
             "map": name, "data": data, "positions": position, "steps": steps,
-            "seeds": str(len(runs)),
+            "rate": f"{rate:g}", "seeds": str(len(runs)),
             **{stage: number(2, *over_seeds(stage)) for stage in STAGES},
             **gap(*ends, bytes_per_token(data, lines)),
             "KL": of_stages("kl", 3, STAGES[1:4]),
@@ -214,6 +217,14 @@ def training(chosen, lines):
     return [rows[key] for key in sorted(rows)]
 
 
+def small(chosen, lines):
+    """A row for each way to launch a step of the small model."""
+    return [{"one step is": "a replayed graph" if r["graph"] else "launched by Python",
+             **{f"{x['model']}, {unit}": f"{x[key]:,}" for x in r["training"]
+                for unit, key in (("ms", "ms"), ("tokens/s", "tokens_per_second"))}}
+            for r in chosen]
+
+
 def kernel(chosen, lines):
     """A row for each card and contender, a column for each length of the sequence."""
     lengths = sorted({T for r in chosen for T in r["lengths"]})
@@ -243,11 +254,11 @@ def generation(chosen, lines):
 def headline(chosen, lines):
     """Softmax and Hedgehog: rows of the other tables, beside the paper's gap."""
     rows = []
-    for what, kind, column, values, paper in HEADLINE:
+    for what, kind, column, values, attention, paper in HEADLINE:
         make, fits = TABLES[kind]
         table = {row["map"]: row for row in make(list(filter(fits, lines)), lines)
                  if values.items() <= row.items()}
-        hedgehog = table["hedgehog"]
+        hedgehog = table[attention]
         softmax = table.get("softmax", {column: hedgehog.get("softmax, finetuned")})
         rows.append({"": what, "softmax": softmax[column], "Hedgehog": hedgehog[column],
                      **{key: hedgehog[key] for key in gap([None], [None], None)},
@@ -259,7 +270,9 @@ def headline(chosen, lines):
 TABLES = {
     "headline": (headline, lambda r: True),
     "scratch": (scratch, lambda r: "valid" in r and r["steps"] >= 100),
-    "training": (training, lambda r: "training" in r and not r.get("recompute")),
+    "training": (training, lambda r: "training" in r and not r.get("recompute")
+                 and r.get("preset", "gpt2") == "gpt2"),
+    "small": (small, lambda r: "training" in r and r.get("preset") == "small"),
     "generation": (generation, lambda r: "generation" in r),
     "kernel": (kernel, lambda r: "kernel" in r),
     "checkpoint": (checkpoint, lambda r: "rows" in r and "gguf" in r["command"]
