@@ -90,12 +90,12 @@ class Options(train_lm.Options):
         self.out = out or f"out/distill-{name}-{self.attention}"
 
 
-BY_EPOCHS = dict(teacher_steps=0, distill_steps=2000, distill_batch_size=4, steps=400, lr=1e-3)
+LARGE = dict(teacher_steps=0, distill_steps=2000, distill_batch_size=4, steps=400, lr=1e-3)
 PRESETS = {
     # On learned positions attention is easier to mimic than on rotary ones.
     "tiny": dict(position="learned"),
-    "small": train_lm.PRESETS["small"] | BY_EPOCHS | dict(position="learned", teacher_lr=1e-3),
-    "gpt2": train_lm.PRESETS["gpt2"] | BY_EPOCHS | dict(teacher_lr=6e-4),
+    "small": train_lm.PRESETS["small"] | LARGE | dict(position="learned", teacher_lr=1e-3),
+    "gpt2": train_lm.PRESETS["gpt2"] | LARGE | dict(teacher_lr=6e-4),
     "listops": dict(n_layer=2, n_head=2, n_embd=128, batch_size=32, teacher_steps=3000,
                     teacher_lr=1e-3, distill_steps=500, distill_lr=1e-2, steps=1000, lr=3e-4),
     "glue": dict(batch_size=32, teacher_lr=1e-4, distill_steps=300, distill_lr=1e-2, steps=1300,
@@ -195,7 +195,6 @@ def distill(model, mixes, task, o):
 
     def backward(share, *batch):
         loss = 0.0
-
         def learn(i, q, k, positions, causal, key_mask):
             nonlocal loss
             if maps[i] is None:
@@ -230,18 +229,18 @@ def finetune(model, task, o, name, steps, lr, groups=None):
     if o.recompute:
         model.recompute_activations()
     torch.compiler.reset()                                  # forget the models before this one
-    forward = torch.compile(model) if o.compile else model
-    backward = train_lm.backward_of(forward, o)
+    backward = train_lm.backward_of(torch.compile(model) if o.compile else model, o)
     bar = tqdm(range(steps), desc=name)
     for step in bar:
         set_rate(optimizer, step, steps, lr, o.warmup)
-        losses.append(train_lm.take_step(forward, optimizer, task, step, o, backward))
+        losses.append(train_lm.take_step(model, optimizer, task, step, o, backward))
         show_loss(bar, losses, name, steps)
+    optimizer.zero_grad()                                   # their memory
     return optimizer, torch.stack(losses).tolist()
 
 
 def micro_batches(task, step, o):
-    """A step's micro-batches on the device, each after its share of the step's tokens."""
+    """train_lm.batches_of with shares of the tokens: a KL is a mean over queries."""
     order = train_lm.example_order(step, o.batch_size, task.num_examples("train"), o.seed)
     batches = [task.batch("train", order[i:i + o.micro_batch])
                for i in range(0, len(order), o.micro_batch)]
@@ -370,9 +369,10 @@ def save(name, model, task, o, optimizer, steps, seconds, losses):
         model.stage = name
         return model.save(f"{o.out}/{name}")
     shape = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig) if hasattr(o, f.name)}
+    done = 0 if name == "stage1" else steps                 # then --resume is stage 2
     train_lm.save_checkpoint(
-        replace(o, out=f"{o.out}/{name}", **shape), model, task, optimizer,
-        {"step": steps, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None, "stage": name})
+        replace(o, out=f"{o.out}/{name}", **shape), model, task, optimizer, {"step": done,
+        "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None, "stage": name})
 
 
 def convert(task, teacher, o):

@@ -5,7 +5,6 @@ a language model or, with num_classes, a classifier of sequences.
 """
 
 import math
-from collections import Counter
 
 import torch
 from torch import nn
@@ -255,22 +254,23 @@ class GPT(nn.Module):
 
 def replayed(function, plain=2):
     """`function` of tensors on a GPU as a CUDA graph: Python would take longer to launch the
-    kernels of a small model than they take to run. The first `plain` calls with tensors of the
-    same shapes compile and set up libraries. The next one records what it launches, and from then
-    on that is replayed for these shapes. The function returns a tensor and may change others where
-    they are."""
-    seen, graph, shapes, inputs, result = Counter(), torch.cuda.CUDAGraph(), None, None, None
+    kernels of a small model than they take to run. `plain` calls in a row with tensors of the same
+    shapes compile and set up libraries. The next one records what it launches, and from then on
+    that is replayed for these shapes; calls with others run the function. It returns a tensor, and
+    what else it changes, gradients say, it has to change where it is."""
+    calls, shapes, graph, inputs, result = 0, None, torch.cuda.CUDAGraph(), None, None
 
     def call(*tensors):
-        nonlocal shapes, inputs, result
-        now = tuple(x.shape for x in tensors)
-        seen[now] += 1
-        if shapes is None and seen[now] > plain:
-            shapes, inputs = now, [x.clone() for x in tensors]
-            with torch.cuda.graph(graph):
-                result = function(*inputs)
-        if now != shapes:
+        nonlocal calls, shapes, inputs, result
+        now = [x.shape for x in tensors]
+        if inputs is None:
+            shapes, calls = now, calls + 1 if now == shapes else 1
+        if now != shapes or calls <= plain:
             return function(*tensors)
+        if inputs is None:
+            inputs = [x.clone() for x in tensors]
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(tensors[0].device)):
+                result = function(*inputs)
         for x, new in zip(inputs, tensors, strict=True):
             x.copy_(new)
         graph.replay()

@@ -75,7 +75,7 @@ class Options:
     # the machine
     device: str = option("", "cuda if there is one, else cpu")
     precision: str = option("", "bf16 where the GPU has it, else fp32", choices=["bf16", "fp32"])
-    compile: bool = option(None, "torch.compile the training step (default with a GPU)")
+    compile: bool = option(None, "torch.compile and, on one GPU, CUDA graphs (default with a GPU)")
     recompute: bool = option(False, "make activations again in backward: less memory, more time")
     # the run
     out: str = option("", "its folder (out/DATA-ATTENTION)")
@@ -231,7 +231,7 @@ def adamw(parameters, lr):
 
 
 def batches_of(task, step, o):
-    """A step's micro-batches of this process on the device, each after its share of the targets."""
+    """Yields (share of the step's targets, *batch) for each micro-batch of this process."""
     examples = example_order(step, o.batch_size, task.num_examples("train"), o.seed)
     mine, targets = examples[rank()::world()], task.num_targets("train", examples)
     for i in range(0, len(mine), o.micro_batch):
@@ -246,22 +246,22 @@ def backward_of(model, o):
     def backward(share, *batch):
         with autocast(o):
             loss = model(*batch)[1] * share
-        (loss * world()).backward()
+        (loss * world()).backward()                         # DDP divides by world()
         return loss.detach()
 
     return with_graph(backward, o)
 
 
 def with_graph(function, o):
-    """With --compile on one GPU `replayed`."""
+    """The function, which with --compile on one GPU is `replayed`."""
     use = o.compile and o.device.startswith("cuda") and world() == 1
     return replayed(function) if use else function
 
 
-def take_step(model, optimizer, task, step, o, backward=None):
+def take_step(model, optimizer, task, step, o, backward):
     """One optimizer step on o.batch_size examples, a micro-batch at a time. Returns this process's
-    part of the mean loss. `backward` is backward_of(model, o), kept for all steps."""
-    total, backward = 0.0, backward or backward_of(model, o)
+    part of the mean loss. `backward` is backward_of(model, o), the same one at each step."""
+    total = 0.0
     for i, batch in enumerate(batches_of(task, step, o), 1):
         # Gradients are averaged over processes once, at the last micro-batch.
         wait = world() > 1 and i * o.micro_batch < o.batch_size // world()
@@ -406,7 +406,7 @@ def train(o, data):
     model = torch.compile(raw_model) if o.compile else raw_model
     model = DistributedDataParallel(model) if world() > 1 else model
     backward = backward_of(model, o)
-    optimizer.param_groups[0]["weight_decay"] = o.weight_decay      # not the checkpoint's
+    optimizer.param_groups[0]["weight_decay"] = o.weight_decay      # of matrices; may be new
     bar = tqdm(total=steps * tokens, initial=progress["step"] * tokens, unit="tok",
                unit_scale=True, disable=rank() > 0, desc="train")
     interrupted, begin = note_interrupts(), time.perf_counter()

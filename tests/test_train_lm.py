@@ -681,7 +681,8 @@ def test_the_recipe(monkeypatch):
     for clip in (0.5, 0.0):
         monkeypatch.setattr(optimizer, "step", lambda: norms.update({clip: torch.stack(
             [p.grad.norm() for p in model.parameters()]).norm().item()}))
-        train_lm.take_step(model, optimizer, data, 0, options(batch_size=2, grad_clip=clip))
+        o = options(batch_size=2, grad_clip=clip)
+        train_lm.take_step(model, optimizer, data, 0, o, train_lm.backward_of(model, o))
     assert norms[0.5] == pytest.approx(0.5, rel=1e-4) and norms[0.0] > 0.6
     losses = {train_lm.evaluate(model, data, "valid", options())["loss"] for _ in range(2)}
     assert len(losses) == 1 and model.training              # and training goes on with it
@@ -692,7 +693,7 @@ def test_precision(precision, dtype):
     data, model, o = tasks.load_data(options()), small_gpt(), options(precision=precision)
     optimizer, found = train_lm.adamw(model.parameters(), 1e-3), []
     model.blocks[0].attn.proj.register_forward_hook(lambda module, x, y: found.append(y.dtype))
-    train_lm.take_step(model, optimizer, data, 0, o)
+    train_lm.take_step(model, optimizer, data, 0, o, train_lm.backward_of(model, o))
     train_lm.evaluate(model, data, "valid", o)
     assert len(found) > 1 and set(found) == {dtype}
 
