@@ -235,7 +235,7 @@ def finetune(model, task, o, name, steps, lr, groups=None):
         set_rate(optimizer, step, steps, lr, o.warmup)
         losses.append(train_lm.take_step(model, optimizer, task, step, o, backward))
         show_loss(bar, losses, name, steps)
-    optimizer.zero_grad()                                   # their memory
+    optimizer.zero_grad()                                   # frees the gradients
     return optimizer, torch.stack(losses).tolist()
 
 

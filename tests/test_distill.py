@@ -277,6 +277,20 @@ def test_micro_batches_are_one_batch(task):
             assert torch.allclose(a, b, atol=1e-9)
 
 
+def test_stage_1_adds_to_gradients_where_they_are(monkeypatch):
+    """As its CUDA graph does, for which it hands over the work of a micro-batch."""
+    model, places, given = student(teacher()), [], []
+    maps = [p for name, p in model.named_parameters() if "feature_map" in name]
+    monkeypatch.setattr(train_lm, "with_graph", lambda function, o: (
+        lambda *batch: given.append(batch) or function(*batch)))
+    rate = distill.set_rate
+    monkeypatch.setattr(distill, "set_rate", lambda *args: (
+        places.append([p.grad is not None and p.grad.data_ptr() for p in maps]), rate(*args)))
+    run_distill(model, distill_steps=3, micro_batch=1)
+    assert places[1] == places[2] and all(places[1]) and not any(places[0])
+    assert len(given) > 3 and all(isinstance(x, torch.Tensor) for batch in given for x in batch)
+
+
 def test_a_hybrid_gets_maps_only_where_it_is_linear():
     model = teacher()
     other = model_with(replace(model.config, attention="softmax,hedgehog"), model).eval()

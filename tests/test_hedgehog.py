@@ -433,6 +433,7 @@ def test_a_replayed_function_takes_what_it_is_given(monkeypatch):
 
     @contextlib.contextmanager
     def record(graph, stream):
+        assert stream == torch.device("cpu")                # the tensors' own
         recording.append(graph)
         yield
         recording.clear()

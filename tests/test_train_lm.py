@@ -688,6 +688,26 @@ def test_the_recipe(monkeypatch):
     assert len(losses) == 1 and model.training              # and training goes on with it
 
 
+def test_gradients_stay_where_a_graph_adds_to_them():
+    data, model, o, places = tasks.load_data(options()), small_gpt(), options(batch_size=2), []
+    optimizer, backward = train_lm.adamw(model.parameters(), 1e-3), train_lm.backward_of(model, o)
+    for step in range(3):
+        train_lm.take_step(model, optimizer, data, step, o, backward)
+        places.append([p.grad.data_ptr() for p in model.parameters()])
+        assert not any(p.grad.any() for p in model.parameters())
+    assert places[0] == places[1] == places[2]
+
+
+@pytest.mark.parametrize("compile, device, world, graph", [
+    (True, "cuda", 1, True), (True, "cuda:1", 1, True), (False, "cuda", 1, False),
+    (True, "cpu", 1, False), (True, "cuda", 2, False)])
+def test_where_graphs_are_used(monkeypatch, compile, device, world, graph):
+    monkeypatch.setattr(train_lm, "replayed", lambda function: "a graph")
+    monkeypatch.setattr(train_lm, "world", lambda: world)
+    o = SimpleNamespace(compile=compile, device=device)
+    assert train_lm.with_graph("launched", o) == ("a graph" if graph else "launched")
+
+
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_precision(precision, dtype):
     data, model, o = tasks.load_data(options()), small_gpt(), options(precision=precision)
