@@ -14,7 +14,7 @@ import torch
 
 from hedgehog import (FEATURE_MAPS, LinearAttention, SoftmaxAttention, attention_kl, entropy,
                       monotonicity)
-from train_lm import autocast
+from train_lm import autocast, device_name
 
 
 def put(mixes, layers):
@@ -92,7 +92,8 @@ def analyze(task, model, stage, o):
     if o.plot:
         plot(model, {"softmax": [SoftmaxAttention()] * len(layers), **maps}, task, o,
              {"softmax": {"entropy": softmax}, **table})
-    return {"analyze": o.analyze, "data": task.name, "block_size": o.block_size, "layers": table}
+    return {"analyze": o.analyze, "data": task.name, "block_size": o.block_size, "layers": table,
+            "device": device_name(o)}
 
 
 @torch.no_grad()

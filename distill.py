@@ -556,7 +556,7 @@ def run(argv):
         raise ValueError("--plot goes with --analyze, and that with text, not with --task")
     train_lm.start(o)
     if o.analyze:
-        print(json.dumps(analyze(*load(o.analyze, o), o)))
+        print(train_lm.stamped(analyze(*load(o.analyze, o), o)))
         return 0
     out, begin = Path(o.out), time.perf_counter()
     stages = ["stage1", "stage2", "softmax", "scratch"]

@@ -538,11 +538,16 @@ def sample(o, model, tokenizer, prompt):
               f"{per_token * model.config.n_layer * len(text):,} bytes by now")
 
 
+def stamped(result):
+    """The result with its command, date and versions, as a line of JSON."""
+    return json.dumps(result | {"command": shlex.join(["python", *sys.argv]),
+                                "date": str(date.today()), "torch": torch.__version__,
+                                "python": platform.python_version()})
+
+
 def write_result(out, result):
-    """OUT/result.json: the result, its command, date and versions. Returns this line."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    line = json.dumps(result | {"command": command, "date": str(date.today()),
-                                "torch": torch.__version__, "python": platform.python_version()})
+    """OUT/result.json, a stamped line; returns it."""
+    line = stamped(result)
     write_whole(Path(out) / "result.json", lambda f: f.write(line.encode() + b"\n"))
     return line
 

@@ -8,11 +8,8 @@ Random tokens, 32 steps of 1, 16 or 64 sequences side by side. The last line is 
 """
 
 import argparse
-import json
-import shlex
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpt import GPT
 from hedgehog import GPTConfig
+from train_lm import stamped
 
 
 def own(attention, device):
@@ -106,8 +104,6 @@ if __name__ == "__main__":
         prefill = of_transformers(args.model, attention, device) if args.model else own(
             attention, device)
         rows += time_generation(prefill, attention, args.contexts, args.batches, device)
-    print(json.dumps({"generation": rows, "model": args.model or "own",
-                      "data": "random tokens", "seconds": round(time.perf_counter() - begin, 1),
-                      "seed": 0, "device": torch.cuda.get_device_name() if gpu else "cpu",
-                      "torch": torch.__version__, "date": str(date.today()),
-                      "command": shlex.join(["python", *sys.argv])}))
+    print(stamped({"generation": rows, "model": args.model or "own", "data": "random tokens",
+                   "seed": 0, "seconds": round(time.perf_counter() - begin, 1),
+                   "device": torch.cuda.get_device_name() if gpu else "cpu"}))

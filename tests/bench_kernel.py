@@ -9,8 +9,6 @@ line is JSON.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from datetime import date
@@ -25,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from hedgehog import hedgehog_features
 from kernel import SMALL, fused_attention, gpu
 from linear import chunked_linear_attention
+from train_lm import stamped
 
 
 def contenders(with_fla):
@@ -132,7 +131,6 @@ if __name__ == "__main__":
     table = benchmark(contenders(args.fla), args.lengths)
     if args.plot:
         plot(table, args.lengths, args.plot)
-    print(json.dumps({"kernel": table, "lengths": args.lengths, "data": "random tokens", "seed": 0,
-                      "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                      "date": str(date.today()), "seconds": round(time.perf_counter() - begin, 1),
-                      "command": shlex.join(["python", *sys.argv])}))
+    print(stamped({"kernel": table, "lengths": args.lengths, "data": "random tokens", "seed": 0,
+                   "device": torch.cuda.get_device_name(),
+                   "seconds": round(time.perf_counter() - begin, 1)}))

@@ -11,12 +11,9 @@ launched by Python or, with --graph, replayed as a CUDA graph. The last line is 
 import argparse
 import gc
 import importlib.util
-import json
-import shlex
 import statistics
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -105,10 +102,8 @@ if __name__ == "__main__":
                          "tokens_per_second": round(args.tokens / seconds),
                          "first_step_seconds": round(first, 1), "peak_memory_gib": round(gib, 2)})
             print(rows[-1], flush=True)
-    print(json.dumps({"training": rows, "tokens": args.tokens, "micro": args.micro,
-                      "recompute": args.recompute,
-                      "preset": args.preset, "position": args.position, "graph": args.graph,
-                      "data": "random tokens", "seed": 0, "device": torch.cuda.get_device_name(),
-                      "torch": torch.__version__, "date": str(date.today()),
-                      "seconds": round(time.perf_counter() - begin, 1),
-                      "command": shlex.join(["python", *sys.argv])}))
+    print(train_lm.stamped({
+        "training": rows, "tokens": args.tokens, "micro": args.micro, "recompute": args.recompute,
+        "preset": args.preset, "position": args.position, "graph": args.graph,
+        "data": "random tokens", "seed": 0, "device": torch.cuda.get_device_name(),
+        "seconds": round(time.perf_counter() - begin, 1)}))

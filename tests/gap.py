@@ -8,10 +8,7 @@ is a repetition, and by how often it occurs. The last line is JSON.
 """
 
 import argparse
-import json
-import shlex
 import sys
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +69,7 @@ def main():
     args = parser.parse_args()
     models, states = zip(*(train_lm.load_model(run, args.device) for run in args.runs))
     o = SimpleNamespace(**states[0]["options"])
-    o.data = args.data or o.data
+    o.data, o.device = args.data or o.data, args.device
     task = tasks.load_data(o)
     n = task.num_examples("valid")
     x, y = task.batch("valid", range(0, n, max(1, n // args.examples)))
@@ -98,11 +95,9 @@ def main():
                   f"{g['other'] - g['softmax']:8.3f} {g['share_of_gap']:11.1%}")
     if args.plot:
         plot(found, args.plot)
-    print(json.dumps({"gap": found, "data": task.name, "device": args.device,
-                      "date": str(date.today()), "torch": torch.__version__,
-                      "softmax": float(a[real].mean()),
-                      "other": float(b[real].mean()), "seed": o.seed,
-                      "command": shlex.join(["python", *sys.argv])}))
+    print(train_lm.stamped({
+        "gap": found, "data": task.name, "device": train_lm.device_name(o), "seed": o.seed,
+        "softmax": float(a[real].mean()), "other": float(b[real].mean())}))
 
 
 def plot(found, path):

@@ -4,8 +4,9 @@
     python tests/tables.py --plot figures/curve.png     draws how the gap falls with training
 
 A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py or distill.py, with
-"edit" if that was not the code as it is, or the last line that gap.py or a bench_*.py prints. KIND
-is a key of TABLES below. DATA, if given, are the data sets that the table is about.
+"edit" if that was not the code as it is, or the last line that distill.py --analyze, gap.py or a
+bench_*.py prints. KIND is a key of TABLES below. DATA, if given, are the data sets that the table
+is about.
 
 A gap is in nats per byte above softmax, from scratch softmax at the best of its rates. Where the
 tokens are GPT-2's, and only there, it is also in per cent of the perplexity per token. A conversion
@@ -39,7 +40,7 @@ HEADLINE = [
      "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 4,000"},
      "hedgehog --feature-dim 128", "GPT-2's: 0.012; 5.7 %"),
     ("the 124M model converted, softmax the teacher itself (H200), perplexity per token",
-     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "2,000 + 3,000"},
+     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "2,000 + 3,000", "rate": "0.0003"},
      "hedgehog --distill-batch-size 4", "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
 SMOLLM2_BYTES = 1436165 / 323336
@@ -203,6 +204,19 @@ def checkpoint(chosen, lines):
     return sorted(rows, key=lambda row: float(row["stage 2"]))
 
 
+def transfer(chosen, lines):
+    """A row for each map that distill.py --analyze had: KL by length of the contexts, one text /
+    another, means over layers and runs."""
+    found, texts = {}, sorted({r["data"] for r in chosen}, reverse=True)
+    for r in chosen:
+        for name, figures in r["layers"].items():
+            found.setdefault(name, {}).setdefault((r["block_size"], r["data"]), []).append(
+                mean(figures["kl"]))
+    return [{"map": name} | {
+        f"{size:,}": " / ".join(number(2, mean(kls[size, text])) for text in texts)
+        for size, _ in sorted(kls)} for name, kls in found.items()]
+
+
 def rouge(chosen, lines):
     """A row for each map in a model that answers prompts: ROUGE-1, -2, -L, and KL."""
     rows = []
@@ -287,6 +301,7 @@ TABLES = {
     "kernel": (kernel, lambda r: "kernel" in r),
     "checkpoint": (checkpoint, lambda r: "rows" in r and "gguf" in r["command"]
                    and "samsum" not in r["command"]),
+    "transfer": (transfer, lambda r: "analyze" in r),
     "rouge": (rouge, lambda r: any("rouge1" in row for row in r.get("rows", []))),
     "conversions": (conversions, lambda r: "rows" in r and "gguf" not in r["command"])}
 

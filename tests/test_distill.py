@@ -717,7 +717,7 @@ def test_end_to_end(here):
     layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
     assert np.mean(layers["kl"]) == pytest.approx(stage1["kl"], rel=1e-4)
     r = result("--analyze d/stage1 --data other.txt --block-size 8")
-    assert (r["data"], r["block_size"]) == ("other.txt", 8)
+    assert (r["data"], r["block_size"]) == ("other.txt", 8) and {"command", "date"} <= set(r)
     assert r["layers"]["hedgehog, trained"]["kl"] < r["layers"]["hedgehog"]["kl"]
 
 

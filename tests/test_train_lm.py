@@ -256,6 +256,7 @@ def test_where_the_gap_between_two_runs_sits(monkeypatch, capsys):
     gap.main()
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [line["softmax"], line["other"]] == pytest.approx(loss, rel=1e-5)
+    assert line["command"] == "python gap.py softmax hedgehog"
     for groups in line["gap"].values():
         for key, total in (("softmax", loss[0]), ("other", loss[1])):
             assert sum(g["tokens"] * g[key] for g in groups) == pytest.approx(total, rel=1e-3)
