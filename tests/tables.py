@@ -8,8 +8,9 @@ A line of figures/results.jsonl is the OUT/result.json of a run of train_lm.py o
 bench_*.py prints. KIND is a key of TABLES below. DATA, if given, are the data sets that the table
 is about.
 
-A gap is in nats per byte above softmax, from scratch softmax at the best of its rates. Where the
-tokens are GPT-2's, and only there, it is also in per cent of the perplexity per token. A conversion
+A gap is in nats per byte above softmax, from scratch softmax at the best of its rates, over the
+seeds that both have. Where the tokens are GPT-2's, and in SmolLM2's own table, it is also in per
+cent of the perplexity per token. A conversion
 is compared with softmax that was finetuned from the same teacher in as many steps on the same
 batches, at the best of the rates tried, or with the teacher itself if that is better; if none was
 finetuned, "-" is printed.
@@ -38,7 +39,7 @@ HEADLINE = [
      "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "hedgehog", "0.025; 11.8 %"),
     ("SmolLM2-135M converted, W twice as wide, softmax finetuned as long (H200, H100), "
      "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 4,000"},
-     "hedgehog --feature-dim 128", "GPT-2's: 0.012; 5.7 %"),
+     "hedgehog --feature-dim 128", "0.012 (GPT-2)"),
     ("the 124M model converted, softmax the teacher itself (H200), perplexity per token",
      "conversions", "stage 2", {"data": "enwiki-88m", "steps": "2,000 + 3,000", "rate": "0.0003"},
      "hedgehog --distill-batch-size 4", "0.012; 5.7 %")]
@@ -89,23 +90,25 @@ def trained(chosen):
     return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
 
 
-def mean_losses(found):
-    """The loss of each model of `trained`, over seeds; and the lowest of those that the rate alone
-    tells apart."""
-    losses, best = {}, {}
-    for key, runs in found.items():
-        losses[key] = mean(r["valid"]["loss"] for r in runs)
-        best[key[:5]] = min(losses[key], best.get(key[:5], math.inf))
-    return losses, best
+def loss_of(runs):
+    return mean(r["valid"]["loss"] for r in runs)
+
+
+def beside_softmax(found, key):
+    """The runs of a model of `trained` and those of softmax at the best of its rates, of the seeds
+    that both have. Both lists are empty if there are none."""
+    rates = [runs for other, runs in found.items() if other[:5] == (*key[:4], "softmax")]
+    softmax = {r["seed"]: r for r in min(rates, key=loss_of, default=[])}
+    own = [r for r in found[key] if r["seed"] in softmax]
+    return own, [softmax[r["seed"]] for r in own]
 
 
 def scratch(chosen, lines):
     """A row for each model that was trained."""
-    found = trained(chosen)
-    (loss, best), rows = mean_losses(found), []
-    for key in sorted(found, key=lambda key: (*key[:2], loss[key])):
+    found, rows = trained(chosen), []
+    for key in sorted(found, key=lambda key: (*key[:2], loss_of(found[key]))):
         data, steps, heads, position, attention, rate = key
-        runs, softmax = found[key], best.get((*key[:4], "softmax"))
+        runs, pair = found[key], beside_softmax(found, key)
         rows.append({
             "map": attention, "data": data, "positions": position, "heads": str(heads),
             "steps": f"{steps:,}", "rate": f"{rate:g}",
@@ -117,7 +120,7 @@ def scratch(chosen, lines):
                 for r in runs if "half_right_at" in r) or "-",
             "perplexity": number(2, *(r["valid"].get("perplexity") for r in runs)),
             "of the test": number(2, *(r["test"].get("perplexity") for r in runs)),
-            **gap([loss[key]], [softmax], bytes_per_token(data, lines))})
+            **gap(*([loss_of(x) if x else None] for x in pair), bytes_per_token(data, lines))})
     return rows
 
 
@@ -342,11 +345,12 @@ def plot_curve(lines, path):
     import matplotlib.pyplot as plt
 
     found, curves = trained([r for r in lines if TABLES["scratch"][1](r)]), {}
-    losses, best = mean_losses(found)
-    models = {key[:5]: found[key] for key in found if losses[key] == best[key[:5]]}
-    for key, runs in sorted(models.items()):
-        softmax, token_bytes = models.get((*key[:4], "softmax")), bytes_per_token(key[0], lines)
-        rival = key[4] in ("performer", "elu") and key[::3] == ("enwiki-88m", "rotary")
+    best = {}
+    for key in sorted(found, key=lambda key: loss_of(found[key])):
+        best.setdefault(key[:5], key)
+    for key in sorted(best.values()):
+        (runs, softmax), token_bytes = beside_softmax(found, key), bytes_per_token(key[0], lines)
+        rival = key[4] in ("performer", "elu") and key[:4:3] == ("enwiki-88m", "rotary")
         if ((key[4] == "hedgehog" or rival) and softmax and token_bytes
                 and runs[0]["config"]["n_embd"] == 64 * key[2]):
             size, both = softmax[0]["parameters"], [[r["valid"]["loss"] for r in of_map]
