@@ -218,7 +218,7 @@ def distill(model, mixes, task, o):
         optimizer.step()            # gradients are not clipped: that would tie the layers together
         optimizer.zero_grad(set_to_none=False)              # a graph adds to them where they are
         show_loss(bar, losses, "stage 1", o.distill_steps)
-    return torch.stack(losses).tolist()
+    return losses
 
 
 def finetune(model, task, o, name, steps, lr, groups=None):
@@ -236,7 +236,7 @@ def finetune(model, task, o, name, steps, lr, groups=None):
         losses.append(train_lm.take_step(model, optimizer, task, step, o, backward))
         show_loss(bar, losses, name, steps)
     optimizer.zero_grad()                                   # frees the gradients
-    return optimizer, torch.stack(losses).tolist()
+    return optimizer, losses
 
 
 def micro_batches(task, step, o):
@@ -251,8 +251,9 @@ def micro_batches(task, step, o):
 
 
 def show_loss(bar, losses, name, steps):
-    if len(losses) % 10 == 1 or len(losses) == steps:       # reading it waits for the device
-        if not math.isfinite(loss := float(losses[-1])):
+    if len(losses) % 10 == 1 or len(losses) == steps:       # reading them waits for the device
+        losses[-10:] = map(float, losses[-10:])             # kept as tensors they would pin memory
+        if not math.isfinite(loss := losses[-1]):
             raise ValueError(f"{name}: the loss is {loss} at step {len(losses)}: try a lower "
                              "learning rate or --precision fp32")
         bar.set_postfix_str(f"loss {loss:.3f}")
