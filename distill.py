@@ -60,8 +60,7 @@ class Options(train_lm.Options):
     epochs: float = option(0.0, "passes over the data, instead of --teacher-steps", 0, 1e6)
     teacher: str = option("", "softmax run of train_lm.py on text, or a model of transformers by "
                           "name, folder or GGUF file (default: one is trained)")
-    teacher_steps: int = option(1300, "of a teacher that is trained; 0: as many as --epochs takes",
-                                0)
+    teacher_steps: int = option(1300, "of a teacher that is trained, or give --epochs", 0)
     teacher_lr: float = option(3e-3, "its learning rate", 0, 1e3)
     distill: bool = option(True, "stage 1")
     distill_steps: int = option(400, "of stage 1", 1)
@@ -179,8 +178,8 @@ def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block
 
 
 def distill(model, mixes, task, o):
-    """Stage 1: only the maps in `mixes` (a LinearAttention for each layer) learn. Returns the mean
-    KL over layers at each step.
+    """Stage 1: only the maps in `mixes` (a LinearAttention for each layer) learn. Returns at
+    each step the mean KL over the layers that learn.
 
     Forward passes are the softmax model's own, so every layer sees the teacher's hidden states and
     its loss is its map's alone: gradients are taken layer by layer while the model runs, and none
@@ -395,8 +394,8 @@ def convert(task, teacher, o):
         seconds = time.perf_counter() - begin
         rows.append(row(f"{label}, stage 1", model, linear, task, o))
         put(linear, layers)             # what is saved has its maps in place
-        save("stage1", model, task, o, train_lm.adamw(model.parameter_groups(o.weight_decay), o.lr),
-             o.distill_steps, seconds, losses)
+        optimizer = train_lm.adamw(model.parameter_groups(o.weight_decay), o.lr)
+        save("stage1", model, task, stage_2, optimizer, o.distill_steps, seconds, losses)
     put(linear, layers)
     train("stage2", model, task, stage_2, o.steps, o.lr, o.lora)
     rows.append(row(f"{label}, stage 2", model, linear, task, o))
@@ -480,9 +479,8 @@ def is_run(path):
     """Whether this is a run of train_lm.py, its folder or its checkpoint. Not one are a folder of
     transformers, a .gguf file, and what does not exist, which is a model's name."""
     path = Path(path)
-    if (path / "checkpoint.pt").exists() or path.suffix == ".pt":
-        return True
-    return path.exists() and path.suffix != ".gguf" and not (path / "config.json").exists()
+    known = path.exists() and path.suffix != ".gguf" and not (path / "config.json").exists()
+    return known or path.suffix == ".pt" or (path / "checkpoint.pt").exists()
 
 
 def glue_task(o, tokenizer, encode):
@@ -565,17 +563,18 @@ def run(argv):
     teacher = Path(o.teacher).resolve()
     if o.teacher and (teacher.parent if teacher.is_file() else teacher) in writes | {out.resolve()}:
         raise ValueError(f"--out {o.out} would overwrite its own teacher: give another one")
-    old = out / ("teacher" if o.task else "result.json")
-    if (old.exists() or (out / "result.json").exists()) and not o.overwrite:
-        raise ValueError(f"{o.out} holds a run already: --overwrite replaces it, --out DIR keeps "
-                         "both")
+    old = ["checkpoint.pt", "result.json"] + ["teacher"] * bool(o.task)
+    if not (out / "log.jsonl").exists():                    # else they are of an interrupted run
+        old += stages
+    if any((out / name).exists() for name in old) and not o.overwrite:
+        raise ValueError(f"{o.out} holds a run already: --overwrite or another --out DIR")
     try:
         with claimed(out):
             task, teacher = prepare(o)
-            for name in ("log.jsonl", "result.json"):       # of an earlier run
-                (out / name).unlink(missing_ok=True)
-            for name in stages:                             # which this run may not have
+            for name in stages:                             # of an earlier run
                 shutil.rmtree(out / name, ignore_errors=True)
+            for name in ("log.jsonl", "result.json"):
+                (out / name).unlink(missing_ok=True)
             if o.task:
                 train("teacher", teacher, task, o, o.teacher_steps, o.teacher_lr)
             rows = convert(task, teacher, o)

@@ -141,8 +141,8 @@ class GPT(nn.Module):
         """Token ids at positions start, start + 1, ... -> hidden states (B, T, n_embd), new caches.
 
         `caches` is a list with what each block returned for the tokens before start (None at 0);
-        without it nothing is kept. `key_mask` (B, start + T) is False at padding. `start` can be a
-        tensor (1), on the device, if the caches have room.
+        without it nothing is kept. `key_mask` (B, start + T) is False at padding, which is on the
+        right. `start` can be a tensor (1), on the device, if the caches have room.
         """
         if not torch.is_tensor(start):
             end = start + idx.size(1)
@@ -298,7 +298,8 @@ def linear_cross_entropy(x, weight, targets, vocab_size, chunk=2**13):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """linear_cross_entropy with x (N, C) and targets (N). Its gradients are made in the forward
-    pass: nothing else needs the logits, and made once they need not be made again."""
+    pass: nothing else needs the logits, and made once they need not be made again. It has no second
+    derivatives."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, chunk):
@@ -321,4 +322,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None
+        exact = torch.promote_types(dx.dtype, torch.float32)        # dloss is no power of two
+        dx = (dx.to(exact) * dloss).to(dx.dtype)
+        return dx, dweight * dloss.to(dweight.dtype), None, None, None

@@ -51,11 +51,14 @@ def attention(module, q, k, v, key_mask=None, scaling=None, **_):
         q = q * (scaling * math.sqrt(q.size(-1)))
     layer = module.mix_cache.layers[module.layer_idx] if module.mix_cache is not None else None
     if layer is not None and not isinstance(layer, StateLayer):
-        if layer.get_seq_length() > q.size(2):
+        if k.size(2) != q.size(2) or layer.get_seq_length() > q.size(2):
             raise ValueError("a cache of keys does not serve linear attention: pass use_cache=False"
                              ", or leave the cache to model.generate")
         layer = None                                        # the first call: what it keeps is idle
     start = 0 if layer is None else layer.seen - q.size(2)
+    limit = getattr(getattr(module.mix, "feature_map", None), "M", math.inf)
+    if start + q.size(2) > limit:
+        raise ValueError(f"cosformer is for up to {limit} tokens here")
     positions = torch.arange(start, start + q.size(2), device=q.device)
     dtype = next((x.dtype for x in module.mix.state_dict().values()), q.dtype)
     if not torch.is_autocast_enabled(q.device.type):        # fp32 maps in a bf16 model
@@ -127,6 +130,10 @@ def remember_cache(module, args, kwargs):
     module.mix_cache = kwargs.get("cache", kwargs.get("past_key_values"))
 
 
+def forget_cache(module, args, output):
+    module.mix_cache = None
+
+
 def take_over(model):
     """Puts SoftmaxAttention into every attention module of a transformers model; returns these."""
     config = model.config
@@ -138,6 +145,7 @@ def take_over(model):
     for i, module in enumerate(modules):
         module.mix, module.mix_cache, module.layer_idx = SoftmaxAttention(), None, i
         module.register_forward_pre_hook(remember_cache, with_kwargs=True)
+        module.register_forward_hook(forget_cache, always_call=True)
     model.set_attn_implementation("mix")
 
     def prepare_cache(generation_config, model_kwargs, *args, **kwargs):
@@ -268,8 +276,8 @@ def load(name, kind="CausalLM", device="cpu", **options):
         if path.suffix == ".gguf":
             model, tokenizer, missing = load_gguf(path)
         else:
-            model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True,
-                                               **options)
+            model, info = auto.from_pretrained(name, output_loading_info=True,
+                                               **{"dtype": torch.float32, **options})
             missing = info["missing_keys"]                  # these weights are random numbers
             processor = transformers.AutoImageProcessor if kind == "ImageClassification" else (
                 transformers.AutoTokenizer)
@@ -356,8 +364,8 @@ def own_gpt(name):
                 "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")):
         raise ValueError(f"{name} is a {c.model_type}, but not one with GPT-2's own settings")
     own = GPT(GPTConfig(vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer,
-                        n_head=c.n_head, n_embd=c.n_embd, attention=model.config.attention,
-                        feature_dim=model.config.feature_dim))
+                        n_head=c.n_head, n_embd=c.n_embd, dropout=c.resid_pdrop,
+                        attention=model.config.attention, feature_dim=model.config.feature_dim))
     copy_gpt2(own, model.hf)
     for block, layer in zip(own.blocks, model.attention_layers()):
         block.attn.mix.load_state_dict(layer.mix.state_dict())

@@ -317,8 +317,9 @@ def save_checkpoint(o, model, data, optimizer, progress):
 
 def identity(data):
     """What makes two datasets the same one: name, tokenizer and the contents of arrays."""
-    return [data.name, data.tokenizer, sum(zlib.crc32(x) if isinstance(x, np.ndarray) else len(x)
-                                           for x in data.splits.values())]
+    return [data.name, data.tokenizer, {
+        split: zlib.crc32(x) if isinstance(x, np.ndarray) else len(x)
+        for split, x in data.splits.items()}]
 
 
 def load_checkpoint(path):
@@ -331,7 +332,7 @@ def load_checkpoint(path):
         return {**state, "config": GPTConfig(**state["config"])}
     except Exception as e:              # torch.load has no exception of its own for a damaged file
         raise ValueError(f"{path} is cut off or not a checkpoint of this program "
-                         f"({type(e).__name__}): delete it and train again")
+                         f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
 
 
 def load_model(path, device):
@@ -355,9 +356,10 @@ def train(o, data):
         f.name: getattr(o, f.name) for f in fields(GPTConfig) if hasattr(o, f.name)})
     steps = o.steps or math.ceil(o.epochs * data.num_examples("train") / o.batch_size)
     tokens = o.batch_size * o.block_size                    # of a step
-    if steps == 0 or o.batch_size % world():
-        raise ValueError(f"--steps {steps} must be above 0, --batch-size {o.batch_size} a multiple "
-                         f"of the {world()} processes")
+    if steps == 0:
+        raise ValueError("--steps 0: give --steps or --epochs above 0")
+    if o.batch_size % world():
+        raise ValueError(f"--batch-size {o.batch_size} is no multiple of the {world()} processes")
     torch.manual_seed(o.seed)
     raw_model = GPT(config).to(o.device)
     if o.recompute:
@@ -387,7 +389,7 @@ def train(o, data):
             progress["losses"] = [0.0] * len(progress["losses"])
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         lines = [line for line in lines if line.endswith("}\n")]        # a kill cuts one off
-    elif (out / "checkpoint.pt").exists() and not o.overwrite:
+    elif not o.overwrite and any((out / x).exists() for x in ("checkpoint.pt", "result.json")):
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite "
                          "replaces it, --out DIR keeps both")
     if rank() == 0:                                         # drop what is newer than the checkpoint
@@ -427,8 +429,8 @@ def train(o, data):
                 if rank() == 0:
                     with open(log, "a") as f:
                         f.write(json.dumps(line) + "\n")
-                    bar.write(f"step {step:>6}  train loss {loss or math.nan:.4f}  valid "
-                              + "  ".join(f"{k} {v:.4f}" for k, v in valid.items()))
+                    bar.write(f"step {step:>6}  train loss " + (f"{loss:.4f}" if n else "-")
+                              + "  valid " + "  ".join(f"{k} {v:.4f}" for k, v in valid.items()))
                 save()
             begin = time.perf_counter()
         if step >= steps or interrupted:

@@ -741,10 +741,15 @@ def test_without_stage_1_and_with_lora(here):
 
 
 def test_what_an_interrupted_run_left_is_gone(here):
+    """Only if there is its log: folders of these names may also be of others."""
     Path("left/stage1").mkdir(parents=True)
     Path("left/softmax").mkdir()
-    result(SHORT, "--out left --no-distill --no-baseline --steps 1")
+    short = SHORT, "--out left --no-distill --no-baseline --steps 1"
+    assert "holds a run already" in run(*short)[2]
+    Path("left/log.jsonl").touch()
+    result(*short)
     assert {path.name for path in Path("left").iterdir() if path.is_dir()} == {"stage2"}
+    assert "holds a run already" in run("--out left --steps 1", main=train_lm.main)[2]
 
 
 def test_a_stage_that_is_trained_further_is_none(here):
@@ -755,6 +760,9 @@ def test_a_stage_that_is_trained_further_is_none(here):
     result("--out stages/stage1 --resume", main=train_lm.main)          # is stage 2
     progress = train_lm.load_checkpoint("stages/stage1")["progress"]
     assert progress["step"] == 2 and not progress.get("stage")
+    weights = [train_lm.load_checkpoint(f"stages/{name}")["model"] for name in ("stage1", "stage2")]
+    for name, x in weights[1].items():                      # the same stage 2
+        assert torch.allclose(x, weights[0][name], atol=1e-6), name
 
 
 def test_without_baseline(here):

@@ -367,6 +367,7 @@ def test_gpt2_is_our_gpt_and_back(stock, attention):
     assert torch.allclose(own(idx)[0], logits(theirs, idx, None), atol=1e-5)
     own.config.dropout = 0.2
     own.export("back")
+    assert GPT.from_pretrained("back").config.dropout == 0.2
     assert torch.equal(logits(load("gpt2", "back"), idx, None), logits(theirs, idx, None))
     config = transformers.AutoConfig.from_pretrained("back")
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.2, 0.2, 0)
@@ -739,3 +740,12 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     model.hf(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True, **{name: cache})
     with pytest.raises(ValueError, match="use_cache"):
         model.hf(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True, **{name: cache})
+    for attention in ("softmax", "hedgehog"):               # keys with room for more from the start
+        cache = transformers.StaticCache(config=model.hf.config, max_cache_len=16)
+        with pytest.raises(ValueError, match="use_cache"):
+            model.convert(attention).hf(input_ids=torch.ones(1, 4, dtype=torch.long),
+                                        use_cache=True, **{name: cache})
+    assert all(layer.mix_cache is None for layer in model.attention_layers())
+    with pytest.raises(ValueError, match="up to 64 tokens"):
+        model.convert("cosformer").hf.generate(torch.ones(1, 60, dtype=torch.long),
+                                               max_new_tokens=9)

@@ -529,6 +529,17 @@ def test_resumed_options():
     assert "is not the text" in failure("--out o --resume --steps 12")
 
 
+def test_exchanged_splits_are_another_text():
+    Path("d").mkdir()
+    for split in tasks.SPLITS:
+        Path(f"d/{split}.txt").write_text(LINES.replace("line", split))
+    result(SHAPE, "--data d --out o --steps 2")
+    Path("d/valid.txt").rename("d/x")
+    Path("d/test.txt").rename("d/valid.txt")
+    Path("d/x").rename("d/test.txt")
+    assert "is not the text" in failure("--out o --resume --steps 4")
+
+
 def test_a_resumed_run_computes_as_before():
     """In its precision, unless it moves to another kind of device."""
     result(TINY, "--precision bf16")
