@@ -217,7 +217,8 @@ def transfer(chosen, lines):
                 mean(figures["kl"]))
     return [{"map": name} | {
         f"{size:,}": " / ".join(number(2, mean(kls[size, text])) for text in texts)
-        for size, _ in sorted(kls)} for name, kls in found.items()]
+        for size, _ in sorted(kls)}
+        for name, kls in sorted(found.items(), key=lambda x: not x[0].endswith("trained"))]
 
 
 def rouge(chosen, lines):
