@@ -178,8 +178,8 @@ def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block
 
 
 def distill(model, mixes, task, o):
-    """Stage 1: only the maps in `mixes` (a LinearAttention for each layer) learn. Returns at
-    each step the mean KL over the layers that learn.
+    """Stage 1: only the maps in `mixes` (a LinearAttention for each layer) learn. Returns the mean
+    KL over the layers that learn at each step.
 
     Forward passes are the softmax model's own, so every layer sees the teacher's hidden states and
     its loss is its map's alone: gradients are taken layer by layer while the model runs, and none

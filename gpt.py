@@ -322,6 +322,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
-        exact = torch.promote_types(dx.dtype, torch.float32)        # dloss is no power of two
-        dx = (dx.to(exact) * dloss).to(dx.dtype)
+        exact = torch.promote_types(dx.dtype, torch.float32)
+        dx = (dx.to(exact) * dloss).to(dx.dtype)            # dloss is not rounded to bf16
         return dx, dweight * dloss.to(dweight.dtype), None, None, None

@@ -10,10 +10,9 @@ is about.
 
 A gap is in nats per byte above softmax, from scratch softmax at the best of its rates, over the
 seeds that both have. Where the tokens are GPT-2's, and in SmolLM2's own table, it is also in per
-cent of the perplexity per token. A conversion
-is compared with softmax that was finetuned from the same teacher in as many steps on the same
-batches, at the best of the rates tried, or with the teacher itself if that is better; if none was
-finetuned, "-" is printed.
+cent of the perplexity per token. A conversion is compared with softmax that was finetuned from the
+same teacher in as many steps on the same batches, at the best of the rates tried, or with the
+teacher itself if that is better; if none was finetuned, "-" is printed.
 """
 
 import json
