@@ -331,8 +331,7 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "config": GPTConfig(**state["config"])}
     except Exception as e:              # torch.load has no exception of its own for a damaged file
-        raise ValueError(f"{path} is cut off or not a checkpoint of this program "
-                         f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+        raise ValueError(f"{path} is cut off or not a checkpoint of this program: {repr(e)[:200]}")
 
 
 def load_model(path, device):
