@@ -94,7 +94,7 @@ PRESETS = {
     # On learned positions attention is easier to mimic than on rotary ones.
     "tiny": dict(position="learned"),
     "small": train_lm.PRESETS["small"] | LARGE | dict(position="learned", teacher_lr=1e-3, lr=1e-3),
-    "gpt2": train_lm.PRESETS["gpt2"] | LARGE | dict(teacher_lr=6e-4, lr=3e-4),
+    "gpt2": train_lm.PRESETS["gpt2"] | LARGE | dict(teacher_lr=6e-4),
     "listops": dict(n_layer=2, n_head=2, n_embd=128, batch_size=32, teacher_steps=3000,
                     teacher_lr=1e-3, distill_steps=500, distill_lr=1e-2, steps=1000, lr=3e-4),
     "glue": dict(batch_size=32, teacher_lr=1e-4, distill_steps=300, distill_lr=1e-2, steps=1300,

@@ -12,7 +12,8 @@ A gap is in nats per byte above softmax, from scratch softmax at the best of its
 seeds that both have. Where the tokens are GPT-2's, and in SmolLM2's own table, it is also in per
 cent of the perplexity per token. A conversion is compared with softmax that was finetuned from the
 same teacher in as many steps on the same batches, at the best of the rates tried, or with the
-teacher itself if that is better; if none was finetuned, "-" is printed.
+teacher itself if that is better; if none was finetuned, "-" is printed. "batch" are the sequences
+of a step, in "4 + 32" those of stages 1 and 2.
 """
 
 import json
@@ -39,9 +40,9 @@ HEADLINE = [
     ("SmolLM2-135M converted, W twice as wide, softmax finetuned as long (H200, H100), "
      "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 4,000"},
      "hedgehog --feature-dim 128", "0.012 (GPT-2)"),
-    ("the 124M model converted, softmax the teacher itself (H200), perplexity per token",
-     "conversions", "stage 2", {"data": "enwiki-88m", "steps": "2,000 + 3,000", "rate": "0.0003"},
-     "hedgehog --distill-batch-size 4", "0.012; 5.7 %")]
+    ("the 124M model converted, softmax finetuned as long (H200), perplexity per token",
+     "conversions", "stage 2", {"data": "enwiki-88m", "batch": "4 + 32", "rate": "0.0006"},
+     "hedgehog", "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
 SMOLLM2_BYTES = 1436165 / 323336
 
@@ -128,8 +129,8 @@ def conversions(chosen, lines):
     (of several the last)."""
     def alike(r):
         """What softmax has to share; the teacher is told by its figure, to the last digit."""
-        return (r["rows"][0][r["figure"]], r["seed"], r["options"]["steps"],
-                r["options"].get("lora"))
+        return (r["rows"][0][r["figure"]], r["seed"],
+                *(r["options"].get(key) for key in ("steps", "batch_size", "lora")))
 
     best, found = {}, {}
     for r in chosen:
@@ -147,18 +148,20 @@ def conversions(chosen, lines):
             model, _, stage = row["name"].rpartition(", ")
             models.setdefault(model, {})[row["name"] if model == "softmax" else stage] = row
         softmax = models.pop("softmax") | {STAGES[4]: best.get(alike(r), {})}
-        extra = [f" --{key.replace('_', '-')} {options[key]}"
-                 for key in ("feature_dim", "lora", "distill_batch_size")
-                 if options.get(key) and (key != "distill_batch_size" or options["distill"])]
-        for model, own in models.items():
-            first = f"{options['distill_steps']:,} + " if "stage 1" in own else ""
-            position = options.get("position", "learned")       # older runs do not say
-            key = ("".join([model, *extra]), r["data"], position, f"{first}{options['steps']:,}",
-                   options["lr"], bool(options.get("teacher")))
+        extra = [f" --{key.replace('_', '-')} {options[key]}" for key in ("feature_dim", "lora")
+                 if options.get(key)]
+        position, batch = options.get("position", "learned"), options.get("batch_size")
+        for model, own in models.items():       # older runs do not say position or batch
+            steps, batches = f"{options['steps']:,}", str(batch or "-")
+            if "stage 1" in own:
+                steps = f"{options['distill_steps']:,} + {steps}"
+                batches = batch and f"{options.get('distill_batch_size') or batch} + {batch}" or "-"
+            key = ("".join([model, *extra]), r["data"], position, steps, batches, options["lr"],
+                   bool(options.get("teacher")))
             figures = {stage: (softmax | own).get(stage, {}) for stage in STAGES}
             found.setdefault(key, {})[r["seed"]] = figures, r["figure"]
     rows = []
-    for (name, data, position, steps, rate, _), runs in found.items():
+    for (name, data, position, steps, batches, rate, _), runs in found.items():
         def over_seeds(stage, key=None):
             return [figures[stage].get(key or figure) for figures, figure in runs.values()]
 
@@ -169,7 +172,7 @@ def conversions(chosen, lines):
         ends = [[x and math.log(x) for x in over_seeds(stage, "perplexity")]
                 for stage in ("stage 2", STAGES[4])]
         rows.append({
-            "map": name, "data": data, "positions": position, "steps": steps,
+            "map": name, "data": data, "positions": position, "steps": steps, "batch": batches,
             "rate": f"{rate:g}", "seeds": str(len(runs)),
             **{stage: number(2, *over_seeds(stage)) for stage in STAGES},
             **gap(*ends, bytes_per_token(data, lines)),
