@@ -103,6 +103,7 @@ PRESETS = {
     "hf": dict(block_size=512, batch_size=16, micro_batch=8, teacher_steps=1000, teacher_lr=3e-5,
                distill_steps=1000, distill_lr=1e-2, steps=1000, lr=1e-4, compile=False),
 }
+SHAPE = "n_layer", "n_head", "n_embd", "position"           # of a model
 
 
 def preset_for(given):
@@ -115,23 +116,21 @@ def preset_for(given):
 
 def from_teacher(values, given):
     """The teacher's (or the analysed run's) options for what has to fit to it."""
-    run = given.get("teacher") or given.get("analyze")
-    shape = {"n_layer", "n_head", "n_embd", "position", "dropout"}
-    own = set(shape) if run else set()
-    if run and not given.get("task"):
-        own |= {"epochs", "teacher_steps", "teacher_lr"}
-    if given.get("task"):
-        own |= {"data"}
-    if own & given.keys():
-        key = min(own & given.keys()).replace("_", "-")
-        raise ValueError(f"--{key}: {given.get('task') or run} has its own")
+    run, task = given.get("teacher") or given.get("analyze"), given.get("task")
+    shape, batch = {*SHAPE, "dropout"}, set() if task else {"batch_size"}
+    own = set().union(*(keys for applies, keys in (
+        (run, shape),
+        (run and not task, {"epochs", "teacher_steps", "teacher_lr"}),
+        (run and not is_run(run), {"tokenizer"}),
+        (task, {"data", "tokenizer"}),
+        (task == "listops", {"block_size"})) if applies))
+    for key in sorted(own & given.keys()):
+        raise ValueError(f"--{key.replace('_', '-')}: {task or run} has its own")
     if not run or not is_run(run):
         return values
     state = train_lm.load_checkpoint(run)
     saved = state["options"] | {"tokenizer": state["data"][1]}      # of wiki.*, say, by default
-    keys = shape | {"data", "data_dir", "tokenizer", "block_size"}
-    if not given.get("task"):
-        keys |= {"batch_size"}
+    keys = shape | batch | {"data", "data_dir", "tokenizer", "block_size"}
     return values | {key: saved[key] for key in keys}
 
 
@@ -571,6 +570,7 @@ def run(argv):
     try:
         with claimed(out):
             task, teacher = prepare(o)
+            o = replace(o, **{key: getattr(teacher.config, key) for key in SHAPE})
             for name in stages:                             # of an earlier run
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in ("log.jsonl", "result.json"):
@@ -580,8 +580,8 @@ def run(argv):
             rows = convert(task, teacher, o)
             line = train_lm.write_result(o.out, {
                 "data": task.name, "figure": task.figure, "rows": rows, "seed": o.seed,
-                "seconds": round(time.perf_counter() - begin, 1),
-                "device": train_lm.device_name(o), "precision": o.precision, "options": vars(o)})
+                "seconds": round(time.perf_counter() - begin, 1), "precision": o.precision,
+                "device": train_lm.device_name(o), "options": vars(o)})
     except KeyboardInterrupt:
         print(f"stopped; {o.out} has what was finished; " + (
             "--overwrite begins anew" if o.task else

@@ -171,6 +171,7 @@ class HuggingFace(nn.Module):
         self.config = GPTConfig(                            # of the maps; the model has its own
             vocab_size=getattr(c, "vocab_size", 0), n_layer=len(modules), n_head=heads,
             n_embd=heads * d, attention="softmax", causal=first.is_causal,
+            position="rotary" if c.model_type == "llama" else "learned",
             block_size=getattr(c, "max_position_embeddings", 1024))
 
     def attention_layers(self):
@@ -324,6 +325,8 @@ def load_gguf(path):
 
 def encoding(tokenizer):
     """The tokenizer as tasks.tokenise wants one."""
+    if len(tokenizer) < 2:                                  # transformers' for a folder without one
+        raise ValueError(f"{tokenizer.name_or_path} has no tokenizer: save one in that folder")
     return SimpleNamespace(
         name=Path(tokenizer.name_or_path or "tokenizer").name, n_vocab=len(tokenizer),
         fingerprint=(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast

@@ -921,6 +921,8 @@ def test_glue_from_a_language_model(here):
     ("--task bad", "give --teacher"),
     ("--task listops --epochs 1", "--teacher-steps"),
     ("--task listops --data text.txt", "--data: listops has its own"),
+    ("--task listops --block-size 64", "--block-size: listops has its own"),
+    ("--teacher gpt2 --data text.txt --tokenizer bytes", "--tokenizer: gpt2 has its own"),
     ("--teacher softmax --data text.txt --n-layer 1", "--n-layer: softmax has its own"),
     ("--teacher softmax --data text.txt --epochs 1", "--epochs: softmax has its own"),
     ("--task listops --teacher softmax", "leave --teacher out"),

@@ -22,7 +22,7 @@ import distill
 import hf
 import tasks
 from gpt import GPT
-from hedgehog import SoftmaxAttention
+from hedgehog import GPTConfig, SoftmaxAttention
 
 SMALL = dict(vocab_size=270, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64)
@@ -432,7 +432,11 @@ def test_a_language_model_from_the_command_line(stock, capsys):
     code, out, err = run(capsys, "--teacher", "llama", "--data", "text.txt", "--out", "o", *SHORT,
                          "--lora", 2)
     assert code == 0, err
-    rows = {r["name"]: r for r in json.loads(out.splitlines()[-1])["rows"]}
+    result = json.loads(out.splitlines()[-1])
+    config = load("llama").config                           # not the preset's
+    assert all(result["options"][key] == getattr(config, key) for key in distill.SHAPE)
+    assert config.position == "rotary"
+    rows = {r["name"]: r for r in result["rows"]}
     assert rows["hedgehog, stage 1"]["kl"] < rows["hedgehog, swapped"]["kl"]
     again = hf.load("o/stage2")
     assert again.config.attention == "hedgehog"
@@ -702,12 +706,16 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     Path("damaged/hedgehog.safetensors").write_bytes(b"x" * 20)
     load("llama").hf.save_pretrained("endless")
     tokenizer("endless", bos_token="<eos>")
+    GPT(GPTConfig(vocab_size=300, n_layer=1, n_head=1, n_embd=8, attention="softmax")
+        ).export("bare")
+    Path("text.txt").write_text("some text\n" * 100)
     Path("ids").mkdir()
     Path("ids/meta.json").write_text(json.dumps(dict(tokenizer="x", vocab_size=300)))
     for split in ("train", "valid"):
         np.arange(100, dtype=np.uint16).tofile(f"ids/{split}.bin")
     for args, words in (
             ("--teacher llama --data ids", "a vocabulary of 300, the model's has 257"),
+            ("--teacher bare --data text.txt", "bare has no tokenizer"),
             ("--teacher nowhere --data empty.jsonl", "nowhere is not to be had"),
             ("--teacher t5 --data empty.jsonl", "t5 is not to be had"),
             ("--teacher mistral --data empty.jsonl", "mistral models"),
