@@ -26,6 +26,8 @@ from statistics import linear_regression, mean, stdev
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init"             # parts of a row's name
+# Columns that go into the sentence under a table whose rows are alike in them.
+SETTINGS = "data", "positions", "heads", "steps", "batch", "rate", "parameters", "seeds", "card"
 STAGES = ("softmax, the teacher", "swapped", "stage 1", "stage 2", "softmax at best",
           "from scratch")
 # What is compared, the table, column and rows to take it from, the map, and the paper's gap:
@@ -104,9 +106,10 @@ def beside_softmax(found, key):
 
 
 def scratch(chosen, lines):
-    """A row for each model that was trained."""
+    """A row for each model that was trained, by data, width, steps and loss."""
     found, rows = trained(chosen), []
-    for key in sorted(found, key=lambda key: (*key[:2], loss_of(found[key]))):
+    for key in sorted(found, key=lambda key: (
+            key[0], found[key][0]["config"]["n_embd"], key[1], loss_of(found[key]))):
         data, steps, heads, position, attention, rate = key
         runs, pair = found[key], beside_softmax(found, key)
         rows.append({
@@ -312,14 +315,16 @@ TABLES = {
     "conversions": (conversions, lambda r: "rows" in r and "gguf" not in r["command"])}
 
 
-def note(lines):
-    """A sentence about the runs that a table was made of."""
+def note(lines, shared):
+    """Sentences about a table: the cells that all of its rows share, and the runs it is made of."""
     def together(key, between=", "):
         return between.join(sorted({r[key] for r in lines}))
 
     seconds = [r["seconds"] for r in lines if "seconds" in r]
     took = f" and took {min(seconds):,.0f} to {max(seconds):,.0f} seconds" if seconds else ""
-    return textwrap.fill(f"These {len(lines)} runs are of {together('date')} "
+    alike = ", ".join(f"{key} {value}" for key, value in shared.items())
+    return textwrap.fill(f"All rows: {alike}. " * bool(shared)
+                         + f"These {len(lines)} runs are of {together('date')} "
                          f"({together('device', ' and ')}; torch {together('torch')}){took}.", 100)
 
 
@@ -329,12 +334,15 @@ def rewrite(text, lines):
         make, fits = TABLES[kind]
         chosen = [r for r in lines if fits(r) and (not data or r["data"] in data.split())]
         rows = make(chosen, lines)
-        head = [key for key in rows[0] if any(row.get(key, "-") != "-" for row in rows)]
+        shared = {key: rows[0][key] for key in SETTINGS if rows[0].get(key, "-") != "-"
+                  and len({row.get(key) for row in rows}) == 1}
+        head = [key for key in rows[0] if any(row.get(key, "-") != "-" for row in rows)
+                and key not in shared]
         align = ["---"] + ["--:"] * (len(head) - 1)
         cells = [head, align, *([row.get(key, "-") for key in head] for row in rows)]
         body = ["| " + " | ".join(line) + " |" for line in cells]
         if kind != "headline":
-            body += ["", note(chosen)]
+            body += ["", note(chosen, shared)]
         return "\n".join([f"<!-- table {kind}{data} -->", *body, "<!-- end -->"])
 
     return re.sub(r"<!-- table (\w+)(.*?) -->.*?<!-- end -->", table, text, flags=re.S)
