@@ -367,7 +367,7 @@ def save(name, model, task, o, optimizer, steps, seconds, losses):
     if not isinstance(model, GPT):
         model.stage = name
         return model.save(f"{o.out}/{name}")
-    shape = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig) if hasattr(o, f.name)}
+    shape = {x: getattr(model.config, x) for x in (*SHAPE, "dropout", "attention", "feature_dim")}
     done = 0 if name == "stage1" else steps                 # then --resume is stage 2
     train_lm.save_checkpoint(
         replace(o, out=f"{o.out}/{name}", **shape), model, task, optimizer, {"step": done,
@@ -433,7 +433,7 @@ def load(run, o):
         model, state = train_lm.load_model(run, o.device)
         tokenizer, stage = state["data"][1], state["progress"].get("stage", "")
         if model.config.num_classes or tokenizer not in ("bytes", "gpt2"):
-            raise ValueError(f"{run} is not a model of text: give a run of train_lm.py on text")
+            raise ValueError(f"{run} is not of text as bytes or GPT-2's tokens: give such a run")
         model.check_length(o.block_size)
         if o.task:
             return glue_task(o, tokenizer, gpt2_encoding().encode_ordinary
@@ -447,23 +447,21 @@ def load(run, o):
 
     import hf                                               # needs transformers
     torch.manual_seed(o.seed)                               # of a new head for the classes
-    if o.task and Path(o.task, "train.tsv").exists():
-        model = hf.load(run, "SequenceClassification", o.device)        # for its tokenizer; then
-        if model.config.causal:                                         # with the task's classes
-            raise ValueError(f"{run}: --task FOLDER with text is for encoders such as BERT")
-        model.check_length(o.block_size)
-        task = glue_task(o, "", lambda text: model.tokenizer(
-            *text.split("\n", 1), truncation=True, max_length=o.block_size)["input_ids"])
-        return task, hf.load(run, "SequenceClassification", o.device, num_labels=task.classes,
-                             ignore_mismatched_sizes=True), model.stage
     if o.task:
-        model = hf.load(run, "ImageClassification", o.device)
-        task = Images(o.task, model.tokenizer)
-        return task, hf.load(run, "ImageClassification", o.device, num_labels=task.classes,
-                             ignore_mismatched_sizes=True), model.stage
+        of_text = Path(o.task, "train.tsv").exists()
+        kind = "SequenceClassification" if of_text else "ImageClassification"
+        model = hf.load(run, kind, o.device)                # for its tokenizer and known classes
+        if of_text:
+            if model.config.causal:
+                raise ValueError(f"{run}: --task FOLDER with text is for encoders such as BERT")
+            model.check_length(o.block_size)
+            task = glue_task(o, "", lambda text: model.tokenizer(
+                *text.split("\n", 1), truncation=True, max_length=o.block_size)["input_ids"],
+                model.labels)
+        else:
+            task = Images(o.task, model.tokenizer, model.labels)
+        return task, hf.load(run, kind, o.device, task.labels), model.stage
     model = hf.load(run, "CausalLM", o.device)
-    if not model.config.causal:
-        raise ValueError(f"{run} sees the tokens that it should predict: an encoder is for --task")
     model.check_length(o.block_size)
     if o.data.endswith(".jsonl"):
         return Responses(o.data, model.tokenizer, o.block_size), model, model.stage
@@ -482,9 +480,9 @@ def is_run(path):
     return known or path.suffix == ".pt" or (path / "checkpoint.pt").exists()
 
 
-def glue_task(o, tokenizer, encode):
-    splits, figure = glue(Path(o.task), encode, o.block_size)
-    return Classification(Path(o.task).name, tokenizer, splits, figure)
+def glue_task(o, tokenizer, encode, known=()):
+    return Classification(Path(o.task).name, tokenizer,
+                          *glue(Path(o.task), encode, o.block_size, known))
 
 
 def listops_task(o):
@@ -502,13 +500,13 @@ def train_teacher(o):
     """Trains a softmax model in OUT/teacher by train_lm.py, or finds it there from a run that was
     interrupted, or goes on with it. Returns its folder."""
     shared = {f.name: getattr(o, f.name) for f in fields(train_lm.Options)}
-    t = train_lm.Options(**shared | dict(attention="softmax", out=f"{o.out}/teacher",
-                                         steps=o.teacher_steps, lr=o.teacher_lr))
+    t = train_lm.Options(**shared | dict(attention="softmax", feature_dim=0, steps=o.teacher_steps,
+                                         lr=o.teacher_lr, out=f"{o.out}/teacher"))
     begun = Path(t.out, "checkpoint.pt").exists() and not o.overwrite
     if begun:
         saved = train_lm.load_checkpoint(t.out)["options"]
-        for key, value in vars(t).items():
-            if saved[key] != value and key not in train_lm.CHANGEABLE - {"steps", "epochs", "lr"}:
+        for key in sorted(vars(t).keys() - train_lm.CHANGEABLE | {"data", "steps", "epochs", "lr"}):
+            if saved[key] != getattr(t, key):
                 raise ValueError(f"{t.out} was trained with {key} {saved[key]}: --overwrite "
                                  "replaces it, --out DIR keeps it")
     if not begun or not Path(t.out, "result.json").exists():
@@ -552,6 +550,8 @@ def run(argv):
                          "--teacher out")
     if o.plot and not o.analyze or o.analyze and o.task:
         raise ValueError("--plot goes with --analyze, and that with text, not with --task")
+    if o.task not in ("", "listops") and not Path(o.task).is_dir():
+        raise ValueError(f"--task {o.task}: there is no such folder")
     train_lm.start(o)
     if o.analyze:
         print(train_lm.stamped(analyze(*load(o.analyze, o), o)))
@@ -563,8 +563,8 @@ def run(argv):
     if o.teacher and (teacher.parent if teacher.is_file() else teacher) in writes | {out.resolve()}:
         raise ValueError(f"--out {o.out} would overwrite its own teacher: give another one")
     old = ["checkpoint.pt", "result.json"] + ["teacher"] * bool(o.task)
-    if not (out / "log.jsonl").exists():                    # else they are of an interrupted run
-        old += stages
+    # Stages are of an interrupted run, unless train_lm.py went on with them.
+    old += [f"{name}/log.jsonl" for name in stages] if (out / "log.jsonl").exists() else stages
     if any((out / name).exists() for name in old) and not o.overwrite:
         raise ValueError(f"{o.out} holds a run already: --overwrite or another --out DIR")
     try:

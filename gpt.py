@@ -120,7 +120,8 @@ class GPT(nn.Module):
         return hf.own_gpt(name)
 
     def export(self, folder):
-        """A folder that transformers opens as a GPT-2, the maps of linear attention beside it."""
+        """Writes a folder that transformers opens as a GPT-2, the maps of linear attention beside
+        it. It replaces what it wrote before; a folder with other files is a ValueError."""
         import hf
         hf.export(self, folder)
 

@@ -174,6 +174,11 @@ class HuggingFace(nn.Module):
             position="rotary" if c.model_type == "llama" else "learned",
             block_size=getattr(c, "max_position_embeddings", 1024))
 
+    @property
+    def labels(self):
+        """The names of a classifier's classes."""
+        return [name for _, name in sorted(self.hf.config.id2label.items())]
+
     def attention_layers(self):
         return [m for m in self.hf.modules() if hasattr(m, "mix_cache")]
 
@@ -244,10 +249,14 @@ class HuggingFace(nn.Module):
 
     def save(self, folder):
         """A checkpoint of the model's family, which transformers opens as the softmax model, and
-        beside it hedgehog.safetensors with the maps. The folder is replaced as a whole."""
+        beside it hedgehog.safetensors with the maps. A folder of such a one is replaced as a whole,
+        with all that is in it; one with other files is a ValueError."""
         from safetensors.torch import save_file
 
-        folder = Path(folder)
+        folder = Path(folder).resolve()
+        if folder.exists() and not (folder / "hedgehog.safetensors").exists() and (
+                not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} holds something else: give another folder")
         part, old = (folder.with_name(f"{folder.name}.{x}-{os.getpid()}") for x in ("part", "old"))
         self.hf.config.hedgehog = {"attention": self.config.attention,
                                    "feature_dim": self.config.feature_dim, "stage": self.stage}
@@ -269,10 +278,14 @@ class HuggingFace(nn.Module):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(name, kind="CausalLM", device="cpu", **options):
+def load(name, kind="CausalLM", device="cpu", labels=(), **options):
     """A transformers model by name, folder or GGUF file as a HuggingFace; with the maps, if save()
-    wrote them. kind: what follows AutoModelFor. ValueErrors say what cannot be loaded."""
+    wrote them. kind: what follows AutoModelFor; labels: names of the classes that a classifier is
+    to have; options: from_pretrained's. ValueErrors say what cannot be loaded."""
     path, auto = Path(name), getattr(transformers, f"AutoModelFor{kind}")
+    if labels:                                              # a head of another size starts anew
+        options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True,
+                    "label2id": {label: i for i, label in enumerate(labels)}}
     try:
         if path.suffix == ".gguf":
             model, tokenizer, missing = load_gguf(path)
@@ -291,7 +304,10 @@ def load(name, kind="CausalLM", device="cpu", **options):
         raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model "
                          f"{words.num_embeddings}")
     model = HuggingFace(model, tokenizer).to(device)
-    if kind == "CausalLM" and model.config.causal and missing:
+    if kind == "CausalLM" and not model.config.causal:
+        raise ValueError(f"{name} sees the tokens that it should predict: an encoder is for --task "
+                         'or kind="SequenceClassification"')
+    if kind == "CausalLM" and missing:
         raise ValueError(f"{name}: weights are missing: {', '.join(sorted(missing)[:3])}")
     settings = getattr(model.hf.config, "hedgehog", None)
     if settings:
@@ -359,10 +375,9 @@ def copy_gpt2(own, theirs, back=False):
 def own_gpt(name):
     """GPT.from_pretrained (gpt.py)."""
     model = load(name)
-    c = model.hf.config
-    ours = transformers.GPT2Config(n_embd=c.n_embd, n_inner=c.n_inner)      # GPT-2's defaults
+    c, defaults = model.hf.config, transformers.GPT2Config()
     if c.model_type != "gpt2" or c.n_inner not in (None, 4 * c.n_embd) or any(
-            getattr(c, key) != getattr(ours, key) for key in (
+            getattr(c, key) != getattr(defaults, key) for key in (
                 "activation_function", "layer_norm_epsilon", "scale_attn_weights",
                 "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")):
         raise ValueError(f"{name} is a {c.model_type}, but not one with GPT-2's own settings")

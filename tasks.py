@@ -322,11 +322,13 @@ class Classification:
     """Sequences and their classes, a task as Text is one.
 
     splits: split -> list of (token ids, class). figure: what one is judged by, in per cent.
+    labels: the names of the classes, if they have some.
     """
 
-    def __init__(self, name, tokenizer, splits, figure="accuracy"):
+    def __init__(self, name, tokenizer, splits, figure="accuracy", labels=()):
         self.name, self.tokenizer, self.splits, self.figure = name, tokenizer, splits, figure
-        self.classes = 1 + max(label for _, label in splits["train"])
+        self.labels = labels
+        self.classes = len(labels) or 1 + max(label for _, label in splits["train"])
 
     def num_examples(self, split):
         return len(self.splits[split])
@@ -344,6 +346,11 @@ class Classification:
 
     def metrics(self, split, loss, accuracy):
         return {"loss": loss, "accuracy": 100 * accuracy}
+
+
+def in_order(labels, known):
+    """Names of classes as a list: in the order that a model knows, if it knows the same ones."""
+    return list(known) if set(labels) == set(known) else sorted(labels)
 
 
 def matthews(labels, guesses):
@@ -406,8 +413,9 @@ TEXT_COLUMNS = ("sentence", "sentence1", "sentence2", "question", "question1", "
 LABEL_COLUMNS = ("label", "gold_label", "is_duplicate", "Quality")
 
 
-def glue(folder, encode, block_size):
-    """GLUE's train.tsv and dev.tsv: split -> list of (ids, class), and the figure to judge by.
+def glue(folder, encode, block_size, known=()):
+    """GLUE's train.tsv and dev.tsv: split -> list of (ids, class), the figure to judge by, and the
+    names of the classes, `in_order` of those `known`.
 
     The header names the columns, except in CoLA, which has none. Two sentences are joined by a
     newline; what is longer than block_size is cut. Lines with other columns are left out, and
@@ -431,12 +439,12 @@ def glue(folder, encode, block_size):
         if len(whole) < len(rows):
             print(f"{folder / name}: {len(rows) - len(whole)} of {len(rows)} lines have not "
                   f"{len(head)} columns and are left out")
-        labels = labels or sorted({row[label] for row in whole})
+        labels = labels or in_order({row[label] for row in whole}, known)
         if not whole or not {row[label] for row in whole} <= set(labels):
             raise ValueError(f"{folder / name} has no examples, or labels that train.tsv has not")
         splits[split] = [(np.array((encode("\n".join(row[i] for i in texts)) or [0])[:block_size],
                                    np.uint32), labels.index(row[label])) for row in whole]
-    return splits, figure
+    return splits, figure, labels
 
 
 # --- for models of Hugging Face -------------------------------------------------------------------
@@ -448,7 +456,7 @@ class Responses:
 
     FILE.jsonl is cut into 90 % to train on and 10 % to judge by, unless it is called train.jsonl
     and valid.jsonl lies beside it. A response is cut at half of block_size tokens, and one that is
-    generated for ROUGE at 64.
+    generated for ROUGE at 64 or half of the model's positions; long prompts lose their start.
     """
     figure = "perplexity"
 
@@ -486,11 +494,14 @@ class Responses:
             eos = [self.model_tokenizer.eos_token_id]
             prompt = self.model_tokenizer(prompt)["input_ids"] or eos
             answer = self.model_tokenizer(response, add_special_tokens=False)["input_ids"] + eos
-            room = self.block_size - min(len(answer), self.block_size // 2)
-            bos = [x for x in prompt[:1] if x == self.model_tokenizer.bos_token_id]
-            prompt = bos + prompt[len(bos) + max(0, len(prompt) - room):]   # its end, if too long
-            pairs.append((prompt, answer[:self.block_size // 2], response))
+            answer = answer[:self.block_size // 2]
+            pairs.append((self.end(prompt, self.block_size - len(answer)), answer, response))
         return pairs
+
+    def end(self, prompt, room):
+        """The last tokens of a prompt, and the one that starts a text if it has that."""
+        bos = [x for x in prompt[:1] if x == self.model_tokenizer.bos_token_id]
+        return bos + prompt[len(bos) + max(0, len(prompt) - room):]
 
     def num_examples(self, split):
         return len(self.splits[split])
@@ -524,43 +535,47 @@ class Responses:
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (
             tokenizer.eos_token_id)
-        asked = self.splits["valid"][:o.rouge]
-        longest = max(len(prompt) for prompt, _, _ in asked)
-        room = max(1, min(64, model.config.block_size - longest))       # the same for all
+        asked, most = self.splits["valid"][:o.rouge], model.config.block_size
+        room = min(64, max(most // 2, most - max(len(prompt) for prompt, _, _ in asked)))
+        asked = [(self.end(prompt, most - room), response) for prompt, _, response in asked]
         for i in progress(range(0, len(asked), o.micro_batch)):
             rows = asked[i:i + o.micro_batch]
-            T = max(len(prompt) for prompt, _, _ in rows)
+            T = max(len(prompt) for prompt, _ in rows)
             idx = torch.full((len(rows), T), pad)
             mask = torch.zeros_like(idx)
-            for j, (prompt, _, _) in enumerate(rows):       # padded on the left: all end together
+            for j, (prompt, _) in enumerate(rows):          # padded on the left: all end together
                 idx[j, T - len(prompt):], mask[j, T - len(prompt):] = torch.tensor(prompt), 1
             out = model.hf.generate(idx.to(o.device), attention_mask=mask.to(o.device),
                                     max_new_tokens=room, do_sample=False, pad_token_id=pad,
                                     eos_token_id=tokenizer.eos_token_id)
-            for (_, _, response), ids in zip(rows, out[:, T:]):
+            for (_, response), ids in zip(rows, out[:, T:]):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
                 scores.append([x.fmeasure for x in scorer.score(response, text).values()])
         return dict(zip(("rouge1", "rouge2", "rougeL"), (100 * np.mean(scores, axis=0)).tolist()))
 
 
 class Images(Classification):
-    """Folders of images named by their class: FOLDER/train/CLASS and FOLDER/valid/CLASS, or
-    FOLDER/CLASS, of which every tenth image is to judge by."""
+    """Folders of images named by their class: FOLDER/train/CLASS and FOLDER/valid/CLASS (or val),
+    or FOLDER/CLASS, of which every tenth image is to judge by. Names with a dot first are left out.
+    known: names of classes, as of `glue`."""
     figure = "accuracy"
 
-    def __init__(self, folder, processor):
+    def __init__(self, folder, processor, known=()):
         self.name, self.tokenizer, self.processor = Path(folder).name, "", processor
-        split = Path(folder, "train").is_dir() and Path(folder, "valid").is_dir()
-        roots = {s: Path(folder, s) if split else Path(folder) for s in ("train", "valid")}
-        names, others = (sorted(x.name for x in root.iterdir() if x.is_dir())
+        valid = Path(folder, "valid" if Path(folder, "valid").is_dir() else "val")
+        split = Path(folder, "train").is_dir() and valid.is_dir()
+        roots = dict(train=Path(folder, "train"), valid=valid) if split else dict.fromkeys(
+            ("train", "valid"), Path(folder))
+        names, others = ({x.name for x in root.glob("[!.]*") if x.is_dir()}
                          for root in roots.values())
-        if set(others) - set(names):
-            raise ValueError(f"--task {folder}: valid has {', '.join(set(others) - set(names))}, "
+        if others - names:
+            raise ValueError(f"--task {folder}: {valid.name} has {', '.join(others - names)}, "
                              "train has not")
-        self.classes, self.splits = len(names), {}
+        self.labels, self.splits = in_order(names, known), {}
+        self.classes = len(names)
         for s, root in roots.items():
-            files = [(file, label) for label, name in enumerate(names)
-                     for file in sorted((root / name).glob("*"))]
+            files = [(file, label) for label, name in enumerate(self.labels)
+                     for file in sorted((root / name).glob("[!.]*"))]
             self.splits[s] = files if split else [
                 x for i, x in enumerate(files) if (i % 10 == 9) == (s == "valid")]
             if not self.splits[s]:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from command_line import claimed, one_line_errors, option, parse
 from gpt import GPT, replayed
-from hedgehog import FEATURE_MAPS, GPTConfig
+from hedgehog import FEATURE_MAPS, GPTConfig, make_mix
 from tasks import gpt2_encoding, load_data, write_whole
 
 # --- options --------------------------------------------------------------------------------------
@@ -97,7 +97,10 @@ class Options:
         self.precision = self.precision or ("bf16" if bf16 else "fp32")
         self.compile = cuda if self.compile is None else self.compile
         self.out = self.out or f"out/{Path(self.data).resolve().name}-{self.attention}"
-        GPTConfig(attention=self.attention)                 # a misspelt name is an error now
+        tiny = GPTConfig(n_head=1, n_embd=2, attention=self.attention)      # no misspelt name
+        if self.feature_dim and not any(True for name in self.attention.split(",")
+                                        for _ in make_mix(name, tiny).parameters()):
+            raise ValueError(f"--feature-dim is for maps with a W, not for {self.attention}")
 
 
 PRESETS = {
@@ -114,9 +117,9 @@ PRESETS = {
                    batch_size=32, micro_batch=32, lr=1e-3, eval_every=1000),
 }
 # Options that --resume may change; the others are the checkpoint's.
-CHANGEABLE = set("""data_dir steps epochs micro_batch lr warmup weight_decay grad_clip eval_every
-    device precision compile recompute out resume overwrite sample sample_tokens temperature
-    top_k""".split())
+CHANGEABLE = set("""data data_dir steps epochs micro_batch lr warmup weight_decay grad_clip
+    eval_every device precision compile recompute out resume overwrite sample sample_tokens
+    temperature top_k""".split())
 
 
 def resumed(values, given):
@@ -134,7 +137,7 @@ def resumed(values, given):
                              "--out starts anew")
     moved = o.device.split(":")[0] != saved["device"].split(":")[0]     # to a GPU, or from one
     return {key: saved[key] for key in saved
-            if key != "device" and not (moved and key in ("precision", "compile"))}
+            if key != "device" and not (moved and key in ("precision", "compile"))} | {"out": o.out}
 
 
 NOT_FINITE = ("the {} is {} at step {}: try a lower --lr or --precision fp32; the last checkpoint "
@@ -351,7 +354,8 @@ def load_model(path, device):
 def train(o, data):
     """The whole run. Returns the model and the result, which is None after Ctrl-C."""
     out, log = Path(o.out), Path(o.out) / "log.jsonl"
-    config = GPTConfig(vocab_size=data.vocab_size, **{
+    state = load_checkpoint(out) if o.resume else None
+    config = state["config"] if o.resume else GPTConfig(vocab_size=data.vocab_size, **{
         f.name: getattr(o, f.name) for f in fields(GPTConfig) if hasattr(o, f.name)})
     steps = o.steps or math.ceil(o.epochs * data.num_examples("train") / o.batch_size)
     tokens = o.batch_size * o.block_size                    # of a step
@@ -368,9 +372,8 @@ def train(o, data):
     progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "losses": [], "valid": None}
 
     # go on with a run, or make room for a new one
-    lines = []
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
     if o.resume:
-        state = load_checkpoint(out)
         if state["data"] != identity(data):
             raise ValueError(f"--data {o.data} is not the text that {out} was trained on")
         raw_model.load_state_dict(state["model"])
@@ -386,15 +389,16 @@ def train(o, data):
                 torch.cuda.set_rng_state(state["cuda_rng"])
         else:                                               # its losses are counted already
             progress["losses"] = [0.0] * len(progress["losses"])
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        lines = [line for line in lines if line.endswith("}\n")]        # a kill cuts one off
-    elif not o.overwrite and any((out / x).exists() for x in ("checkpoint.pt", "result.json")):
+    elif not o.overwrite and (any((out / x).exists() for x in ("checkpoint.pt", "result.json"))
+                              or any('"step": ' not in line for line in lines)):    # another log
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --overwrite "
                          "replaces it, --out DIR keeps both")
     if rank() == 0:                                         # drop what is newer than the checkpoint
-        kept = [line for line in lines if json.loads(line)["step"] <= progress["evaluated"]]
+        kept = [line for line in lines if o.resume and line.endswith("}\n")     # not one cut off
+                and json.loads(line)["step"] <= progress["evaluated"]]
         write_whole(log, lambda f: f.write("".join(kept).encode()))
-        for old in (out / "result.json", *out.glob("*.part-*")):    # parts of a killed run
+        for old in (out / "result.json", *out.glob("checkpoint.pt.part-*"),     # of a killed run
+                    *out.glob("log.jsonl.part-*"), *out.glob("result.json.part-*")):
             old.unlink(missing_ok=True)
         if not o.resume:                                    # what --overwrite replaces
             (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -521,7 +525,8 @@ def sample(o, model, tokenizer, prompt):
     limit = model.config.max_length or math.inf
     new = min(o.sample_tokens, limit - len(ids))
     if not ids or new < 1:
-        raise ValueError(f"a prompt of {len(ids)} tokens: from 1 to {limit - 1} can be continued")
+        raise ValueError(f"a prompt of {len(ids)} tokens cannot be continued: it has to have one"
+                         + f", and fewer than {limit}" * (limit < math.inf))
     idx = torch.tensor([ids], device=o.device)
     torch.manual_seed(o.seed)
     begin = time.perf_counter()

@@ -508,23 +508,26 @@ def write_tsv(folder, train, dev):
 
 def test_glue_of_a_large_vocabulary(tmp_path):
     write_tsv(tmp_path, "s\t0\t\tx\ns\t1\t\ty\n", "s\t0\t\tx\n")
-    splits, _ = glue(tmp_path, lambda text: [119_547], 8)
+    splits, *_ = glue(tmp_path, lambda text: [119_547], 8)
     assert splits["valid"][0][0].tolist() == [119_547]
     assert glue(tmp_path, lambda text: [], 8)[0]["valid"][0][0].tolist() == [0]     # never empty
 
 
 def test_glue_layouts(tmp_path, capsys):
     write_tsv(tmp_path, "gj04\t1\t\tA b.\ngj04\t0\t*\tB a.\n", "gj04\t1\t\tC.\n")
-    splits, figure = glue(tmp_path, lambda text: list(text.encode()), 3)
+    splits, figure, labels = glue(tmp_path, lambda text: list(text.encode()), 3, ["no", "yes"])
+    assert labels == ["0", "1"]
     assert figure == "matthews" and bytes(splits["train"][1][0].astype(np.uint8)) == b"B a"
     assert [label for _, label in splits["train"]] == [1, 0] and not capsys.readouterr().out
     write_tsv(tmp_path, "index\tsentence1\tsentence2\tlabel\n0\tx\ty\tno\n1\tz\tw\tyes\n",
               "index\tsentence1\tsentence2\tlabel\n0\tu\tv\tyes\n")
-    splits, figure = glue(tmp_path, lambda text: list(text.encode()), 64)
+    splits, figure, labels = glue(tmp_path, lambda text: list(text.encode()), 64)
     assert figure == "accuracy" and bytes(splits["valid"][0][0].astype(np.uint8)) == b"u\nv"
-    assert splits["valid"][0][1] == 1
+    assert splits["valid"][0][1] == 1 and labels == ["no", "yes"]
+    splits, _, labels = glue(tmp_path, lambda text: [0], 64, ["yes", "no"])     # a model's order
+    assert splits["valid"][0][1] == 0 and labels == ["yes", "no"]
     write_tsv(tmp_path, "\ufeffsentence\tlabel\nx\t0\nx\ty\t1\nz\n", "sentence\tlabel\nx\t0\n")
-    splits, _ = glue(tmp_path, lambda text: list(text.encode()), 64)
+    splits, *_ = glue(tmp_path, lambda text: list(text.encode()), 64)
     assert len(splits["train"]) == 1        # and lines with other columns are counted
     assert "train.tsv: 2 of 3 lines have not 2 columns" in capsys.readouterr().out
 
@@ -752,6 +755,18 @@ def test_what_an_interrupted_run_left_is_gone(here):
     assert "holds a run already" in run("--out left --steps 1", main=train_lm.main)[2]
 
 
+def test_train_lm_goes_on_with_the_contexts_of_stage_2(here):
+    """Also where those are shorter than the teacher's; distill.py does not replace the result."""
+    short = SHORT, "--out half --no-distill --no-baseline --steps 1 --block-size 16"
+    result(*short)
+    r = result("--out half/stage2 --resume --steps 3", main=train_lm.main)
+    state = train_lm.load_checkpoint("half/stage2")
+    assert state["options"]["block_size"] == 16 and state["config"].block_size == 32
+    assert r["tokens"] == 3 * 16 * state["options"]["batch_size"]
+    Path("half/result.json").unlink()                       # as if it had been interrupted
+    assert "holds a run already" in run(*short)[2]
+
+
 def test_a_stage_that_is_trained_further_is_none(here):
     """Stage 1's maps are judged in the softmax model, those of a model that trained with them in
     this model."""
@@ -922,6 +937,7 @@ def test_glue_from_a_language_model(here):
     ("--task listops --epochs 1", "--teacher-steps"),
     ("--task listops --data text.txt", "--data: listops has its own"),
     ("--task listops --block-size 64", "--block-size: listops has its own"),
+    ("--data text.txt --attention elu --feature-dim 8", "not for elu"),
     ("--teacher gpt2 --data text.txt --tokenizer bytes", "--tokenizer: gpt2 has its own"),
     ("--teacher softmax --data text.txt --n-layer 1", "--n-layer: softmax has its own"),
     ("--teacher softmax --data text.txt --epochs 1", "--epochs: softmax has its own"),

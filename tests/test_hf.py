@@ -371,9 +371,21 @@ def test_gpt2_is_our_gpt_and_back(stock, attention):
     assert torch.equal(logits(load("gpt2", "back"), idx, None), logits(theirs, idx, None))
     config = transformers.AutoConfig.from_pretrained("back")
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.2, 0.2, 0)
+    own.export("back")                                      # a second time
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="something else"):
+        own.export("mine")
+    assert Path("mine/thesis.tex").exists()
+    os.symlink("back", "link")
+    own.export("link")
+    assert Path("link").is_symlink() and GPT.from_pretrained("link").config.n_layer == 2
     own.config.causal = False
     with pytest.raises(ValueError, match="causal"):
         own.export("encoder")
+    stock("llama")
+    with pytest.raises(ValueError, match="is a llama"):
+        GPT.from_pretrained("llama")
 
 
 @pytest.mark.parametrize("key, value", [
@@ -499,6 +511,12 @@ def test_rouge(stock):
         assert task.rouge(model, o, iter) == pytest.approx(expected)
     o.rouge, longest = 1, len(task.splits["valid"][0][0])   # the first one is repeated well
     assert task.rouge(model, o, iter) == dict.fromkeys(expected, 100)
+    prompt = list(range(1, 61))                             # too long to leave half for a response
+    task.splits["valid"], longest = [(prompt, [0], "x")], 32
+    model.hf.generate = lambda idx, **rest: (seen.append(idx[0].tolist()), generate(idx, **rest))[1]
+    seen = []
+    task.rouge(model, o, iter)
+    assert seen == [prompt[-32:]]
 
 
 def test_lines_of_responses(stock):
@@ -569,6 +587,7 @@ def test_bert_on_glue_and_vit_on_images(stock, capsys):
                          "--teacher-steps", 3)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["figure"] == "matthews"
+    assert hf.load("b/stage2", "SequenceClassification").labels == ["0", "1"]
     image = pytest.importorskip("PIL.Image")
     for name in ("a", "b", "c"):
         Path("images", name).mkdir(parents=True)
@@ -664,7 +683,19 @@ def test_images_for_vit(stock):
             Path(split, name).mkdir(parents=True)
             for i in range(n):
                 image.new("L", (20, 20), 100 * i).save(f"{split}/{name}/{i}.png")
+    Path("all/a/.hidden").write_text("")
     task, model, _ = distill.load("vit", distill.Options(task="all", device="cpu"))
+    assert task.labels == model.labels == list("abcd")
+    # A model that knows these classes keeps its own numbers for them, from valid or val.
+    names = dict(enumerate("dbca"))
+    hf.load("vit", "ImageClassification", id2label=names, label2id={x: i for i, x in names.items()},
+            ignore_mismatched_sizes=True).save("knows")
+    Path("split/valid").rename("split/val")
+    known, model, _ = distill.load("knows", distill.Options(task="split", device="cpu"))
+    assert known.labels == model.labels == list("dbca")
+    assert {(file.parent.name, label) for file, label in known.splits["valid"]} == {
+        (name, label) for label, name in names.items()}
+    Path("split/val").rename("split/valid")
     assert [len(x) for x in task.splits.values()] == [36, 4]
     x, y = task.batch("valid", [2, 3])
     assert logits(model, x, None).shape == (2, 4) and y.tolist() == [2, 3]
@@ -730,6 +761,7 @@ def test_one_clear_line(stock, capsys, monkeypatch):
             ("--teacher damaged --data d.jsonl", "does not hold this model's maps"),
             ("--teacher wrong.gguf --data bad.jsonl", "wrong.gguf is not"),
             ("--teacher bert --data d.jsonl", "an encoder is for --task"),
+            ("--teacher bert --task Cola", "Cola: there is no such folder"),
             ("--teacher bert --task CoLA --block-size 65", "positions up to 64"),
             ("--teacher llama --data d.jsonl --block-size 1", "no room"),
             ("--teacher llama --data empty.jsonl --block-size 65", "positions up to 64")):

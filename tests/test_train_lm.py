@@ -525,8 +525,23 @@ def test_resumed_options():
     rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
     assert rates == [pytest.approx(train_lm.learning_rate(8, 9, 0.01, 0.5))] * 2
     assert [line["step"] for line in log("o")] == [2, 4, 6, 8, 9]
-    Path("text.txt").write_text(LINES.replace("line", "row"))   # another text of the same name
-    assert "is not the text" in failure("--out o --resume --steps 12")
+    Path("o").rename("renamed")                             # text and run have moved
+    Path("moved").mkdir()
+    Path("text.txt").rename("moved/text.txt")
+    assert result("--out renamed --resume --steps 10 --data moved/text.txt")["steps"] == 10
+    assert not Path("o").exists()
+    Path("moved/text.txt").write_text(LINES.replace("line", "row"))     # another one of this name
+    assert "is not the text" in failure("--out renamed --resume --steps 12")
+
+
+def test_files_of_others_stay():
+    Path("o").mkdir()
+    Path("o/holiday.part-1").write_text("x")
+    Path("o/log.jsonl").write_text('{"mine": 1}\n')
+    assert "holds a run already" in failure(TINY)
+    assert Path("o/log.jsonl").read_text() == '{"mine": 1}\n'
+    result(TINY, "--overwrite")
+    assert Path("o/holiday.part-1").exists()
 
 
 def test_exchanged_splits_are_another_text():
@@ -605,7 +620,8 @@ def test_sample_from_a_checkpoint():
         return out.rsplit("\n\n", 1)[0]
     assert text() == text() and text("--temperature 0") == text("--top-k 1")
     assert len({text(), text("--temperature 0"), text("--seed 1")}) == 3
-    assert "from 1 to 15" in failure("--out o --sample", "x" * 16)
+    assert "of 16 tokens cannot be continued" in failure("--out o --sample", "x" * 16)
+    assert "of 0 tokens cannot be continued" in failure("--out o --sample ''")
     assert "surrogates" in failure("--out o --sample \udcff")
 
 
