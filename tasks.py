@@ -350,7 +350,7 @@ class Classification:
 
 def in_order(labels, known):
     """Names of classes as a list: in the order that a model knows, if it knows the same ones."""
-    return list(known) if set(labels) == set(known) else sorted(labels)
+    return list(known) if sorted(labels) == sorted(known) else sorted(labels)
 
 
 def matthews(labels, guesses):
