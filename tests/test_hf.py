@@ -529,6 +529,10 @@ def test_lines_of_responses(stock):
     assert [pair[2] for pair in task.splits["train"][:2]] == ["c\x85", "d"]
     x, y, mask = task.batch("train", [0, 1])
     assert x[1, 0] == 0 and y[1, 0] >= 0 and mask[1].sum() == 2
+    Path("d.jsonl").write_text(json.dumps({"prompt": "a" * 20, "response": "b" * 20}) + "\n"
+                               + json.dumps({"prompt": "a", "response": "b"}))
+    prompt, answer, _ = tasks.Responses("d.jsonl", hf.load("gpt2").tokenizer, 9).splits["train"][0]
+    assert (len(prompt), len(answer)) == (5, 4)             # a response is at most half
 
 
 @pytest.mark.parametrize("bos", [None, 1])
