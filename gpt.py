@@ -223,7 +223,7 @@ class GPT(nn.Module):
     def stepper(self, caches, start, length):
         """A function from a token (B, 1) to the logits of the next, (B, vocab_size). Its first call
         takes the token at position `start`, each later call the one after, up to `length` tokens;
-        `caches` are those of the tokens before `start`. On a GPU it is `replayed`.
+        `caches`, of the tokens before `start`, it may overwrite. On a GPU it is `replayed`.
         """
         caches = [block.attn.mix.reserve(cache, length)
                   for block, cache in zip(self.blocks, caches)]
