@@ -177,7 +177,7 @@ class GPT(nn.Module):
         if self.config.num_classes:
             weight = torch.ones_like(idx) if key_mask is None else key_mask
             weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)   # (B, T, 1)
-            logits = self.classifier((x * weight).sum(1))
+            logits = self.classifier((x * weight).sum(1).to(x.dtype))
         elif targets is not None and self.training:
             return None, linear_cross_entropy(x, self.lm_head.weight, targets,
                                               self.config.vocab_size)
@@ -322,6 +322,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError("this loss has no second derivatives; that of model.eval() has")
         dx, dweight = ctx.saved_tensors
         exact = torch.promote_types(dx.dtype, torch.float32)
         dx = (dx.to(exact) * dloss).to(dx.dtype)            # dloss is not rounded to bf16

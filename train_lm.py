@@ -292,7 +292,7 @@ def evaluate(model, task, split, o, interrupted=()):
         with autocast(o):
             logits, mean = model(x, y, *mask)
         targets = int((y >= 0).sum())
-        loss += float(mean) * targets
+        loss += float(mean) * targets if targets else 0.0   # a mean over none is NaN
         right += int((logits.argmax(-1) == y).sum())
         n += targets
         if interrupted:

@@ -93,11 +93,11 @@ def main():
         for g in lines:
             print(f"{g['from']:>40g} {g['tokens']:8.1%} {g['softmax']:8.3f} {g['other']:8.3f} "
                   f"{g['other'] - g['softmax']:8.3f} {g['share_of_gap']:11.1%}")
-    if args.plot:
-        plot(found, args.plot)
     print(train_lm.stamped({
         "gap": found, "data": task.name, "device": train_lm.device_name(o), "seed": o.seed,
         "softmax": float(a[real].mean()), "other": float(b[real].mean())}))
+    if args.plot:
+        plot(found, args.plot)
 
 
 def plot(found, path):

@@ -425,6 +425,15 @@ def test_the_loss_in_chunks_and_its_gradients(chunk):
     for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, w)),
                             torch.autograd.grad(3 * exact, (x, w))):
         assert torch.allclose(ours, theirs)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(linear_cross_entropy(x, w, y, 9, chunk), x, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_classifier_in_any_precision(dtype):
+    gpt = model(num_classes=3, causal=False).to(dtype)
+    idx, mask = torch.randint(0, 8, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    assert gpt(idx, key_mask=mask)[0].dtype == dtype
 
 
 def test_a_replayed_function_takes_what_it_is_given(monkeypatch):
