@@ -571,7 +571,7 @@ def run(argv):
         with claimed(out):
             task, teacher = prepare(o)
             o = replace(o, **{key: getattr(teacher.config, key) for key in SHAPE})
-            for name in stages:                             # of an earlier run
+            for name in stages + ["teacher"] * bool(o.task):        # of an earlier run
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in ("log.jsonl", "result.json"):
                 (out / name).unlink(missing_ok=True)
