@@ -2,6 +2,7 @@
 
     python tests/gap.py SOFTMAX_RUN OTHER_RUN                   runs of train_lm.py on one text
     python tests/gap.py SOFTMAX_RUN OTHER_RUN --plot gap.png    and a drawing (needs matplotlib)
+    python tests/gap.py SOFTMAX OTHER --data TEXT --block-size 1024     models of transformers
 
 On the validation split, by the token's place in the context, by how much of the text before it
 is a repetition, and by how often it occurs. The last line is JSON.
@@ -10,14 +11,14 @@ is a repetition, and by how often it occurs. The last line is JSON.
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import tasks
+import distill
 import train_lm
+from command_line import parse
 
 PLACES = [0, 16, 64, 256, 512, 1024]        # a group goes from one number up to the next
 LENGTHS = [0, 1, 3, 5, 9, 17]
@@ -62,15 +63,20 @@ def groups(values, edges, softmax, other):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs=2, help="softmax first")
-    parser.add_argument("--data", default="", help="their text, if it has moved")
+    parser.add_argument("--data", help="their text, if it has moved or they know none")
+    parser.add_argument("--block-size", help="tokens of a context, of models of transformers")
     parser.add_argument("--examples", type=int, default=400, help="contexts, evenly spaced")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", default="", metavar="PATH")
     args = parser.parse_args()
-    models, states = zip(*(train_lm.load_model(run, args.device) for run in args.runs))
-    o = SimpleNamespace(**states[0]["options"])
-    o.data, o.device = args.data or o.data, args.device
-    task = tasks.load_data(o)
+    models = []
+    for run in args.runs:                   # as distill.py --analyze RUN has it
+        given = {"--analyze": run, "--device": args.device, "--data": args.data,
+                 "--block-size": args.block_size}
+        o = parse(distill.Options, distill.PRESETS, distill.preset_for, distill.from_teacher, "",
+                  [x for item in given.items() if item[1] for x in item])
+        task, model, _ = distill.load(run, o)
+        models.append(model)
     n = task.num_examples("valid")
     x, y = task.batch("valid", range(0, n, max(1, n // args.examples)))
     a, b = (losses(model, x, y) for model in models)

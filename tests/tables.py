@@ -39,14 +39,14 @@ HEADLINE = [
      "perplexity", {"data": "enwiki-88m", "steps": "102,624"}, "hedgehog", "0.025; 11.8 %"),
     ("from scratch, 124M on Wikipedia, 344 M tokens (H100), perplexity per token", "scratch",
      "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "hedgehog", "0.025; 11.8 %"),
-    ("SmolLM2-135M converted, W twice as wide, softmax finetuned as long (H200, H100), "
-     "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 4,000"},
+    ("SmolLM2-135M converted, W twice as wide, softmax finetuned as long (H200), "
+     "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 6,000"},
      "hedgehog --feature-dim 128", "0.012 (GPT-2)"),
     ("the 124M model converted, softmax finetuned as long (H200), perplexity per token",
      "conversions", "stage 2", {"data": "enwiki-88m", "batch": "4 + 32", "rate": "0.0006"},
      "hedgehog", "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
-SMOLLM2_BYTES = 1436165 / 323336
+SMOLLM2_BYTES = 1436165 / 323236
 
 
 def results(path=ROOT / "figures" / "results.jsonl"):
@@ -188,21 +188,24 @@ def conversions(chosen, lines):
 
 def checkpoint(chosen, lines):
     """A row for each conversion of SmolLM2, beside the best softmax that a run of its own finetuned
-    in as many steps, with as large adapters."""
+    in as many and as large steps, with as large adapters."""
+    def alike(r):
+        return tuple(r["options"][key] for key in ("steps", "batch_size", "lora"))
+
     softmax, rows = {}, []
     for r in chosen:
         if r["options"]["attention"] == "softmax":
-            alike = r["options"]["steps"], r["options"]["lora"]
-            softmax[alike] = min(softmax.get(alike, math.inf), r["rows"][-1]["perplexity"])
+            softmax[alike(r)] = min(softmax.get(alike(r), math.inf), r["rows"][-1]["perplexity"])
     for r in chosen:
         o, own = r["options"], {row["name"].split(", ")[1]: row for row in r["rows"]}
         if o["attention"] != "softmax":
-            best = softmax.get((o["steps"], o["lora"]))
+            best = softmax.get(alike(r))
             extra = [f" --{key.replace('_', '-')} {o[key]}" for key in ("feature_dim", "lora")
                      if o[key]]
             rows.append({
                 "map": "".join([o["attention"], *extra]),
-                "steps": f"{o['distill_steps']:,} + {o['steps']:,}", "rate": f"{o['lr']:g}",
+                "steps": f"{o['distill_steps']:,} + {o['steps']:,}",
+                "batch": f"{o['distill_batch_size']} + {o['batch_size']}", "rate": f"{o['lr']:g}",
                 **{stage: number(2, own[stage]["perplexity"]) for stage in STAGES[1:4]},
                 STAGES[4]: number(2, best),
                 **gap([math.log(own["stage 2"]["perplexity"])], [best and math.log(best)],
