@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import distill
+import gap
 import hf
 import tasks
 from gpt import GPT
@@ -438,7 +440,7 @@ def run(capsys, *args):
 SHORT = "--distill-steps 30 --steps 3 --batch-size 4 --micro-batch 4 --block-size 16".split()
 
 
-def test_a_language_model_from_the_command_line(stock, capsys):
+def test_a_language_model_from_the_command_line(stock, capsys, monkeypatch):
     stock("llama")
     Path("text.txt").write_text("".join(f"line {i} of {i * i % 97} words\n" for i in range(200)))
     code, out, err = run(capsys, "--teacher", "llama", "--data", "text.txt", "--out", "o", *SHORT,
@@ -457,6 +459,12 @@ def test_a_language_model_from_the_command_line(stock, capsys):
     assert code == 0, err
     layers = json.loads(out.splitlines()[-1])["layers"]["hedgehog, trained"]
     assert np.mean(layers["kl"]) == pytest.approx(rows["hedgehog, stage 1"]["kl"], rel=1e-3)
+    monkeypatch.setattr(sys, "argv", "gap.py o/softmax o/stage2 --data text.txt --block-size 16"
+                        .split())
+    gap.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for key, name in (("softmax", "softmax, finetuned"), ("other", "hedgehog, stage 2")):
+        assert math.exp(found[key]) == pytest.approx(rows[name]["perplexity"], rel=1e-4)
 
 
 def test_responses(stock, capsys):
