@@ -93,6 +93,8 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=float, default=20, help="seconds of a measurement")
     parser.add_argument("--recompute", action="store_true", help="make activations again")
     args, rows, begin = parser.parse_args(), [], time.perf_counter()
+    if not torch.cuda.is_available():
+        sys.exit("this needs an NVIDIA GPU")
     args.micro = args.micro or args.tokens
     torch.set_float32_matmul_precision("high")
     for T in args.contexts:
