@@ -51,9 +51,10 @@ def parse(options, presets, preset_for, inherit, description, argv=None):
         raise ValueError(f"{e} (see --help)")
     given = vars(given)
     preset = given.get("preset") or preset_for(given)
-    if unknown or preset not in presets:
-        raise ValueError(f"unrecognized arguments: {' '.join(unknown or ['--preset', preset])} "
-                         "(see --help)")
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (see --help)")
+    if preset not in presets:
+        raise ValueError(f"--preset {preset} is not one of: {', '.join(presets)}")
     values = inherit({**presets[preset], "preset": preset}, given)
     for key in [key for key in options.replaces if key in given]:
         if options.replaces[key].keys() & given.keys():

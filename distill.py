@@ -432,8 +432,8 @@ def load(run, o):
     if is_run(run):
         model, state = train_lm.load_model(run, o.device)
         tokenizer, stage = state["data"][1], state["progress"].get("stage", "")
-        if model.config.num_classes or tokenizer not in ("bytes", "gpt2"):
-            raise ValueError(f"{run} is not of text as bytes or GPT-2's tokens: give such a run")
+        if model.config.num_classes or o.task and tokenizer not in ("bytes", "gpt2"):
+            raise ValueError(f"{run} is a classifier, or not of bytes or GPT-2's tokens for --task")
         model.check_length(o.block_size)
         if o.task:
             return glue_task(o, tokenizer, gpt2_encoding().encode_ordinary
@@ -584,8 +584,8 @@ def run(argv):
                 "device": train_lm.device_name(o), "options": vars(o)})
     except KeyboardInterrupt:
         print(f"stopped; {o.out} has what was finished; " + (
-            "--overwrite begins anew" if o.task else
-            "the same command goes on, from its teacher; not with --overwrite"))
+            "--overwrite begins anew" if o.task else "the same command begins anew" if o.teacher
+            else "the same command goes on, from its teacher; not with --overwrite"))
         return 130
     print_table(rows, task.figure)
     print(line)

@@ -15,7 +15,10 @@ from hedgehog import make_mix
 
 
 def rotate(x, positions):
-    """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only."""
+    """Rotary positions (Su et al., arXiv 2104.09864), x (B, H, T, d): q.k depends on i - j only.
+
+    So do softmax's weights, but not those of most feature maps: W, say, meets q and k turned.
+    """
     half = x.size(-1) // 2
     cos, sin = cos_and_sin(positions, half).to(x.dtype)     # (T, d/2) each
     x1, x2 = x[..., :half], x[..., half:]
@@ -98,10 +101,11 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
             self.lm_head.weight = self.wte.weight           # tied, as in GPT-2
         # GPT-2's initialisation, its 0.02 taken as 0.55 / sqrt(width) so that a narrow model starts
-        # with activations of the same size. It names Linear and Embedding only: the feature maps,
-        # which hold bare parameters, keep their identity.
+        # with activations of the same size. Feature maps start as they were made.
         std = 0.02 * math.sqrt(768 / config.n_embd)
-        for module in self.modules():
+        for name, module in self.named_modules():
+            if "feature_map" in name:
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -97,7 +97,8 @@ class FeatureMap(nn.Module):
     A new map is a subclass and a line in FEATURE_MAPS. Attention only calls it, but for Hedgehog
     itself, whose w_q and w_k go to the kernels where these serve.
 
-    Features must give phi(q).phi(k) >= 0. A factor that all of one query's features share cancels
+    Features must give phi(q).phi(k) >= 0, and depend on a token and its position alone: generation
+    hands over one token at a time. A factor that all of one query's features share cancels
     in the normalised weights; a factor on one key's features does not.
     """
 
@@ -358,7 +359,8 @@ def ranks(x):
 #
 # so to convert a layer from softmax to linear is `layer.mix = LinearAttention(feature_map)`, and to
 # watch its q and k is PyTorch's register_forward_pre_hook. The cache is what later tokens need to
-# know of these and earlier ones. `key_mask` (B, tokens so far) is False at padding.
+# know of these and earlier ones; before they come, mix.reserve(cache, length) makes room for them.
+# `positions` (T) are the tokens' own, `key_mask` (B, tokens so far) is False at padding.
 
 
 class SoftmaxAttention(nn.Module):
@@ -414,8 +416,9 @@ class LinearAttention(nn.Module):
 def hedgehog_attention(q, k, v, w_q, w_k, causal=True, key_mask=None, state=None):
     """Hedgehog attention as a function: q, k, v (B, H, T, d), w_q and w_k (H, d, m).
 
-    Returns y (B, H, T, d) and the state (S, z) after the last token, to be handed over as `state`
-    with the tokens that follow. On a GPU that takes them, the kernels make the features inside.
+    If `causal`, token i sees keys up to i and those in the state, else all; `key_mask` (B, T) is
+    False at padding. Returns y (B, H, T, d) and the state (S, z) after the last token, to be handed
+    over as `state` with the tokens that follow. Where kernels serve they make the features inside.
     """
     if kernels_take(q, v, w_q, causal, key_mask):
         return fused_attention(q, k, v, w_q, w_k, state)

@@ -134,6 +134,17 @@ def forget_cache(module, args, output):
     module.mix_cache = None
 
 
+def count_from_padding(model, args, kwargs):
+    """A pre-hook of causal models, which count padding on the left as positions. Softmax of rotary
+    positions does not mind, maps of the rotated q and k do."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and mask is not None and mask.dim() == 2:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        new = (kwargs["inputs_embeds"] if tokens is None else tokens).size(1)
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+    return args, kwargs
+
+
 def take_over(model):
     """Puts SoftmaxAttention into every attention module of a transformers model; returns these."""
     config = model.config
@@ -146,6 +157,8 @@ def take_over(model):
         module.mix, module.mix_cache, module.layer_idx = SoftmaxAttention(), None, i
         module.register_forward_pre_hook(remember_cache, with_kwargs=True)
         module.register_forward_hook(forget_cache, always_call=True)
+    if modules[0].is_causal:
+        model.base_model.register_forward_pre_hook(count_from_padding, with_kwargs=True)
     model.set_attn_implementation("mix")
 
     def prepare_cache(generation_config, model_kwargs, *args, **kwargs):
@@ -216,8 +229,6 @@ class HuggingFace(nn.Module):
                 inputs["token_type_ids"] *= key_mask
         if self.config.causal:
             inputs["use_cache"] = False
-            if key_mask is not None:                        # padding on the left moves positions
-                inputs["position_ids"] = (key_mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
     def hidden(self, idx, key_mask=None):
@@ -286,6 +297,8 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
     if labels:                                              # a head of another size starts anew
         options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True,
                     "label2id": {label: i for i, label in enumerate(labels)}}
+    if not path.exists() and (len(path.parts) > 2 or path.parent != Path() and path.parent.is_dir()):
+        raise ValueError(f"there is no folder or file {name}")      # and no model has such a name
     try:
         if path.suffix == ".gguf":
             model, tokenizer, missing = load_gguf(path)
@@ -293,6 +306,8 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
             model, info = auto.from_pretrained(name, output_loading_info=True,
                                                **{"dtype": torch.float32, **options})
             missing = info["missing_keys"]                  # these weights are random numbers
+            if any(".mix." in key for key in info["unexpected_keys"]):
+                raise ValueError("it was converted, but not saved by HuggingFace.save")
             processor = transformers.AutoImageProcessor if kind == "ImageClassification" else (
                 transformers.AutoTokenizer)
             tokenizer = processor.from_pretrained(name)
@@ -322,7 +337,7 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
         except Exception as e:                              # damaged, or of another model
             raise ValueError(f"{path / 'hedgehog.safetensors'} does not hold this model's maps "
                              f"({str(e).splitlines()[0][:200]})")
-    return model
+    return model.eval()
 
 
 def load_gguf(path):

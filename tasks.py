@@ -131,8 +131,8 @@ def read_text(o):
         if files["train"].exists():
             return name, {split: file.read_bytes() for split, file in files.items()
                           if file.exists()}, "gpt2" if pattern.startswith("wiki") else "bytes"
-    raise ValueError(f"--data {path} is neither a text file nor a folder with train.bin, "
-                     "train.txt, wiki.train.raw or wiki.train.tokens")
+    raise ValueError(f"--data {path} is not stdlib, wikitext103 or recall, nor a text file, nor a "
+                     "folder with train.bin, train.txt, wiki.train.raw or wiki.train.tokens")
 
 
 def read_stdlib():

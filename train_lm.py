@@ -66,7 +66,8 @@ class Options:
     epochs: float = option(0.0, "passes over the data, instead of --steps", 0, 1e6)
     batch_size: int = option(8, "sequences of one step, over all GPUs", 1)
     micro_batch: int = option(16, "sequences at once on a GPU: less memory, the same step", 1)
-    lr: float = option(3e-3, "peak learning rate; falls to a tenth of it", 0, 1e3)
+    lr: float = option(3e-3, "peak learning rate; over all steps, those before --resume too, it "
+                       "falls to a tenth", 0, 1e3)
     warmup: float = option(0.02, "share of the steps in which the rate rises", 0, 1)
     weight_decay: float = option(0.1, "of matrices", 0, 1e3)
     grad_clip: float = option(1.0, "largest gradient norm; 0: any", 0)
@@ -97,7 +98,7 @@ class Options:
         self.precision = self.precision or ("bf16" if bf16 else "fp32")
         self.compile = cuda if self.compile is None else self.compile
         self.out = self.out or f"out/{Path(self.data).resolve().name}-{self.attention}"
-        tiny = GPTConfig(n_head=1, n_embd=2, attention=self.attention)      # no misspelt name
+        tiny = GPTConfig(n_head=1, n_embd=64, attention=self.attention)     # no misspelt name
         if self.feature_dim and not any(True for name in self.attention.split(",")
                                         for _ in make_mix(name, tiny).parameters()):
             raise ValueError(f"--feature-dim is for maps with a W, not for {self.attention}")
@@ -333,6 +334,8 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "config": GPTConfig(**state["config"])}
+    except ValueError as e:             # of a feature map that is no longer there, say
+        raise ValueError(f"{path}: {e}")
     except Exception as e:              # torch.load has no exception of its own for a damaged file
         raise ValueError(f"{path} is cut off or not a checkpoint of this program: {repr(e)[:200]}")
 
@@ -341,11 +344,15 @@ def load_model(path, device):
     """The model of a checkpoint, and the rest of what is in it."""
     state = load_checkpoint(path)
     model = GPT(state["config"])
+    load_weights(model, state, path)
+    return model.to(device).eval(), state
+
+
+def load_weights(model, state, path):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
         raise ValueError(f"{path} has other weights than its config says: train again")
-    return model.to(device), state
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -376,13 +383,13 @@ def train(o, data):
     if o.resume:
         if state["data"] != identity(data):
             raise ValueError(f"--data {o.data} is not the text that {out} was trained on")
-        raw_model.load_state_dict(state["model"])
+        load_weights(raw_model, state, out)
         optimizer.load_state_dict(state["optimizer"])
         progress |= state["progress"]
-        if progress["evaluated"] >= steps and (out / "result.json").exists():
-            raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
         if steps < progress["step"]:
             raise ValueError(f"--steps {steps}: {out} is at step {progress['step']} already")
+        if progress["evaluated"] >= steps and (out / "result.json").exists():
+            raise ValueError(f"{out} is finished at step {progress['step']}: --steps goes on")
         if rank() == 0:                                     # which saved its random state alone
             torch.set_rng_state(state["rng"])
             if o.device.startswith("cuda") and "cuda_rng" in state:
@@ -582,7 +589,7 @@ def run(argv):
         return 130
     if rank() == 0:
         try:
-            prompt = data.splits["valid"].flatten()[:min(32, o.block_size // 2)]
+            prompt = data.batch("valid", [0])[0][0, :min(32, o.block_size // 2)]
             sample(o, model, data.tokenizer, prompt.tolist())
         except (ValueError, KeyError) as e:                 # a token that is in no vocabulary, say
             print(f"no sample: {e}")

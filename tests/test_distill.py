@@ -889,7 +889,8 @@ def test_ctrl_c_in_the_teacher(tiny_preset, monkeypatch):
 def test_ctrl_c_in_a_stage(tiny_preset, monkeypatch, teacher):
     ctrl_c_in(monkeypatch, distill, "mimicry_loss")
     code, out, _ = run(OWN, "--out", f"stop{len(teacher)}", teacher)
-    assert code == 130 and "the same command goes on" in out
+    assert code == 130
+    assert f"the same command {'begins anew' if teacher else 'goes on, from its teacher'}" in out
     result(OWN, "--out", f"stop{len(teacher)}", teacher)
 
 
@@ -981,6 +982,16 @@ def test_one_clear_line_and_exit_code_2(here, args, words):
         shutil.copytree("softmax", "gone/softmax")
     code, _, err = run(args)
     assert code == 2 and words in err.splitlines()[-1] and err.count("error: ") == 1
+
+
+def test_text_in_tokens_of_its_own(here):
+    Path("own").mkdir()
+    for split in ("train", "valid"):
+        (np.arange(3000, dtype=np.uint16) % 7).tofile(f"own/{split}.bin")
+    Path("own/meta.json").write_text(json.dumps({"tokenizer": "mine", "vocab_size": 7}))
+    rows = result("--data own --n-layer 1 --n-embd 16 --block-size 16 --teacher-steps 2 --steps 2 "
+                  "--distill-steps 2 --out from-own")["rows"]
+    assert [row["name"].split(", ")[1] for row in rows][:3] == ["the teacher", "swapped", "stage 1"]
 
 
 def test_a_loss_that_is_no_number_ends_a_stage():

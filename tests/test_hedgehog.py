@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from gpt import GPT, cos_and_sin, linear_cross_entropy, replayed, rotate
-from hedgehog import (FEATURE_MAPS, GPTConfig, LinearAttention, Performer, entropy,
+from hedgehog import (FEATURE_MAPS, FeatureMap, GPTConfig, LinearAttention, Performer, entropy,
                       hedgehog_attention, monotonicity, softmax_attention,
                       softmax_attention_weights)
 from linear import linear_attention_weights
@@ -382,6 +382,18 @@ def test_initialisation():
     assert gpt.lm_head.weight is gpt.wte.weight
     loss = gpt(torch.randint(0, 1000, (1, 100)), torch.randint(0, 1000, (1, 100)))[1]
     assert abs(loss - math.log(1000)) < 0.5
+
+
+def test_a_model_leaves_the_start_of_a_map_alone(monkeypatch):
+    class Biased(FeatureMap):
+        def __init__(self, config):
+            super().__init__(config)
+            self.linear = torch.nn.Linear(config.head_dim, config.head_dim)
+            torch.nn.init.constant_(self.linear.bias, 0.5)
+
+    monkeypatch.setitem(FEATURE_MAPS, "biased", Biased)
+    for layer in GPT(config("biased")).attention_layers():
+        assert (layer.mix.feature_map.linear.bias == 0.5).all()
 
 
 @pytest.mark.parametrize("name", ["hedgehog", "hedgehog_exp", "t2r"])

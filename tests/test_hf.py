@@ -185,6 +185,9 @@ def test_padding_changes_nothing(stock, family, attention):
         both = logits(model, idx, mask)[1]
         alone = logits(model, idx[1:, real], mask[1:, real])[0]
         assert torch.allclose(both[real] if family in CAUSAL else both, alone, atol=1e-5)
+        if family in CAUSAL:                                # called as a model of transformers
+            both = model.hf(input_ids=idx, attention_mask=mask).logits[1]
+            assert torch.allclose(both[real], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -286,8 +289,8 @@ def test_scaling_and_fp32_maps_in_a_bf16_model(stock):
         layer.mix.float()
     assert ((logits(low, idx, None) - exact).norm() / exact.norm()) < 0.1
     assert torch.isfinite(logits(low.convert("performer"), idx, None)).all()    # w is a buffer
-    low.hf.save_pretrained("low")
-    tokenizer("low")
+    low.tokenizer = load("gpt2", stock("gpt2")[0]).tokenizer
+    low.save("low")
     assert {p.dtype for p in hf.load("low").hf.parameters()} == {torch.float32}
 
 
@@ -745,7 +748,10 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=100, n_embd=8, n_layer=1, n_head=1)).save_pretrained("small")
     tokenizer("small")
-    load("llama").convert("hedgehog").save("damaged")
+    converted = load("llama").convert("hedgehog")
+    converted.hf.save_pretrained("half")
+    tokenizer("half")
+    converted.save("damaged")
     Path("damaged/hedgehog.safetensors").write_bytes(b"x" * 20)
     load("llama").hf.save_pretrained("endless")
     tokenizer("endless", bos_token="<eos>")
@@ -760,6 +766,8 @@ def test_one_clear_line(stock, capsys, monkeypatch):
             ("--teacher llama --data ids", "a vocabulary of 300, the model's has 257"),
             ("--teacher bare --data text.txt", "bare has no tokenizer"),
             ("--teacher nowhere --data empty.jsonl", "nowhere is not to be had"),
+            ("--teacher llama/nothing --data d.jsonl", "no folder or file llama/nothing"),
+            ("--teacher half --data d.jsonl", "not saved by HuggingFace.save"),
             ("--teacher t5 --data empty.jsonl", "t5 is not to be had"),
             ("--teacher mistral --data empty.jsonl", "mistral models"),
             ("--teacher cross --data empty.jsonl", "cross attention"),

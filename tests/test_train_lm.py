@@ -516,7 +516,8 @@ def test_resumed_options():
     for args, words in (("--n-layer 2", "--n-layer 2: the run to --resume has 1"),
                         ("--tokenizer bytes", "has its default"), ("--overwrite", "one of them"),
                         ("--seed 1", "--seed 1"), ("--attention elu", "has hedgehog"),
-                        ("--data-dir x --steps 6", "is finished")):
+                        ("--data-dir x --steps 6", "is finished"),
+                        ("--steps 5", "--steps 5: o is at step 6 already")):
         assert words in failure("--out o --resume", args)
     r = result("--out o --resume --steps 9 --lr 0.01 --warmup 0.5 --n-head 2")
     state = train_lm.load_checkpoint("o")
@@ -581,7 +582,11 @@ def test_checkpoint_errors():
     state = torch.load("o/checkpoint.pt")
     state["model"] = {f"_orig_mod.{name}": x for name, x in state["model"].items()}
     torch.save(state, "o/checkpoint.pt")
-    assert "other weights" in failure("--out o --sample x")
+    for args in ("--sample x", "--resume --steps 9"):
+        assert "other weights" in failure("--out o", args)
+    state["config"]["attention"] = "gone"
+    torch.save(state, "o/checkpoint.pt")
+    assert "o/checkpoint.pt: attention 'gone' is not one of" in failure("--out o --sample x")
     Path("o/checkpoint.pt").write_bytes(before[:len(before) // 2])
     assert "o/checkpoint.pt is cut off" in failure(TINY, "--resume")
 
@@ -870,11 +875,11 @@ def test_accumulation_gives_the_losses_of_one_batch(few_recall, args):
     ("--warmup 100", "--warmup"), ("--temperature inf", "--temperature"), ("--lr nan", "--lr"),
     ("--epochs inf", "--epochs"), ("--seed 18446744073709551616", "--seed"),
     ("--steps 99999999999999999999", "--steps"),
-    ("--attention linear", "'linear' is not one of"), ("--preset huge", "--preset huge"),
+    ("--attention linear", "'linear' is not one of"), ("--preset huge", "not one of: tiny, small"),
     ("--steps 3 --epochs 2", "not both"),
     ("--n-head 3", "n_embd 16 is not a multiple of n_head 3"),
     ("--device tpu9", "--device tpu9"), ("--device meta", "--device meta"),
-    ("--data nowhere", "nowhere is neither"),
+    ("--data nowhere", "nowhere is not stdlib, wikitext103 or recall"),
     ("--data recall --block-size 16", "must be odd"),
     ("--block-size 20000", "smaller --block-size"),
     ("--tokenizer gpt2", "TIKTOKEN_CACHE_DIR"),
