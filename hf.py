@@ -297,7 +297,8 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
     if labels:                                              # a head of another size starts anew
         options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True,
                     "label2id": {label: i for i, label in enumerate(labels)}}
-    if not path.exists() and (len(path.parts) > 2 or path.parent != Path() and path.parent.is_dir()):
+    parent = path.parent
+    if not path.exists() and (len(path.parts) > 2 or parent != Path() and parent.is_dir()):
         raise ValueError(f"there is no folder or file {name}")      # and no model has such a name
     try:
         if path.suffix == ".gguf":

@@ -66,8 +66,7 @@ class Options:
     epochs: float = option(0.0, "passes over the data, instead of --steps", 0, 1e6)
     batch_size: int = option(8, "sequences of one step, over all GPUs", 1)
     micro_batch: int = option(16, "sequences at once on a GPU: less memory, the same step", 1)
-    lr: float = option(3e-3, "peak learning rate; over all steps, those before --resume too, it "
-                       "falls to a tenth", 0, 1e3)
+    lr: float = option(3e-3, "peak learning rate; falls to a tenth over all steps", 0, 1e3)
     warmup: float = option(0.02, "share of the steps in which the rate rises", 0, 1)
     weight_decay: float = option(0.1, "of matrices", 0, 1e3)
     grad_clip: float = option(1.0, "largest gradient norm; 0: any", 0)
@@ -344,15 +343,11 @@ def load_model(path, device):
     """The model of a checkpoint, and the rest of what is in it."""
     state = load_checkpoint(path)
     model = GPT(state["config"])
-    load_weights(model, state, path)
-    return model.to(device).eval(), state
-
-
-def load_weights(model, state, path):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
         raise ValueError(f"{path} has other weights than its config says: train again")
+    return model.to(device).eval(), state
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -361,9 +356,6 @@ def load_weights(model, state, path):
 def train(o, data):
     """The whole run. Returns the model and the result, which is None after Ctrl-C."""
     out, log = Path(o.out), Path(o.out) / "log.jsonl"
-    state = load_checkpoint(out) if o.resume else None
-    config = state["config"] if o.resume else GPTConfig(vocab_size=data.vocab_size, **{
-        f.name: getattr(o, f.name) for f in fields(GPTConfig) if hasattr(o, f.name)})
     steps = o.steps or math.ceil(o.epochs * data.num_examples("train") / o.batch_size)
     tokens = o.batch_size * o.block_size                    # of a step
     if steps == 0:
@@ -371,7 +363,12 @@ def train(o, data):
     if o.batch_size % world():
         raise ValueError(f"--batch-size {o.batch_size} is no multiple of the {world()} processes")
     torch.manual_seed(o.seed)
-    raw_model = GPT(config).to(o.device)
+    if o.resume:
+        raw_model, state = load_model(out, o.device)
+    else:
+        raw_model = GPT(GPTConfig(vocab_size=data.vocab_size, **{
+            f.name: getattr(o, f.name) for f in fields(GPTConfig) if hasattr(o, f.name)}))
+    raw_model.to(o.device).train()
     if o.recompute:
         raw_model.recompute_activations()
     torch.manual_seed(o.seed + rank())                      # other dropout in each process
@@ -383,7 +380,6 @@ def train(o, data):
     if o.resume:
         if state["data"] != identity(data):
             raise ValueError(f"--data {o.data} is not the text that {out} was trained on")
-        load_weights(raw_model, state, out)
         optimizer.load_state_dict(state["optimizer"])
         progress |= state["progress"]
         if steps < progress["step"]:
@@ -482,7 +478,7 @@ def train(o, data):
               **({"test": test} if test else {}), "seconds": round(progress["seconds"], 1),
               "tokens_per_second": round(timed * tokens / seconds) if timed else None,
               "device": device_name(o), "precision": o.precision, "seed": o.seed,
-              "config": asdict(config)}
+              "config": asdict(raw_model.config)}
     if o.device.startswith("cuda"):
         result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         for card, flops in PEAK_FLOPS.items():
