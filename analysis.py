@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hedgehog import (FEATURE_MAPS, LinearAttention, SoftmaxAttention, attention_kl, entropy,
+from hedgehog import (FEATURE_MAPS, SoftmaxAttention, attention_kl, entropy, make_mix,
                       monotonicity)
 from train_lm import autocast, device_name
 
@@ -79,7 +79,7 @@ def analyze(task, model, stage, o):
         config = replace(model.config, attention=name, block_size=max(o.block_size,
                                                                       model.config.block_size))
         torch.manual_seed(0)
-        maps[name] = [LinearAttention(FEATURE_MAPS[name](config)).to(o.device) for _ in layers]
+        maps[name] = [make_mix(name, config).to(o.device) for _ in layers]
     table = {name: measure(model, mixes, task, o) for name, mixes in maps.items()}
     softmax = next(iter(table.values()))["entropy_softmax"]
     for key, what in (("kl", "KL(softmax || map), nats"), ("entropy", "entropy, nats"),

@@ -37,12 +37,10 @@ def parse(options, presets, preset_for, inherit, description, argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(options):
         name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        text = meta["help"]
-        if f.default not in ("", None) and f.type is not bool:
-            text += f" ({f.default})"
         if f.type is bool:
-            p.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+            p.add_argument(name, action=argparse.BooleanOptionalAction, help=meta["help"])
         else:
+            text = meta["help"] + f" ({f.default})" * (f.default not in ("", None))
             p.add_argument(name, type=checked(f.type, meta["low"], meta["high"]), help=text,
                            choices=meta["choices"], metavar=f.type.__name__)
     try:
@@ -90,7 +88,7 @@ def one_line_errors(program, run):
         message = "out of memory: give a smaller --micro-batch"
     except OSError as e:
         message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-    except (ValueError, argparse.ArgumentError) as e:
+    except ValueError as e:
         message = str(e)
     except RuntimeError as e:                               # what a lost connection raises
         if not dist.is_initialized() or not ("gloo" in str(e) or isinstance(e, dist.DistError)):

@@ -185,8 +185,8 @@ def distill(model, mixes, task, o):
     goes through it.
     """
     layers, losses = model.attention_layers(), []
-    maps = [mix.feature_map if any(True for _ in mix.parameters()) else None
-            for mix in mixes]           # None where softmax stays, or a map that cannot learn
+    # None where softmax stays, or a map that cannot learn
+    maps = [mix.feature_map if list(mix.parameters()) else None for mix in mixes]
     parameters = [p for m in maps if m for p in m.parameters()]
     model.eval()                        # no dropout
     optimizer = torch.optim.AdamW(parameters, lr=o.distill_lr, weight_decay=0.0)
@@ -387,7 +387,7 @@ def convert(task, teacher, o):
     put(softmax, layers)
     rows = [row("softmax, the teacher", model, softmax, task, o),
             row(f"{label}, swapped", model, linear, task, o)]
-    if o.distill and any(True for mix in linear for _ in mix.parameters()):
+    if o.distill and any(list(mix.parameters()) for mix in linear):
         begin = time.perf_counter()
         losses = distill(model, linear, task, stage_1)
         seconds = time.perf_counter() - begin

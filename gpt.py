@@ -92,8 +92,7 @@ class GPT(nn.Module):
         self.wpe = (nn.Embedding(config.block_size, config.n_embd)
                     if config.position == "learned" else None)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, name)
-                                    for name in config.attentions)
+        self.blocks = nn.ModuleList(Block(config, name) for name in config.attentions)
         self.ln_f = nn.LayerNorm(config.n_embd)
         if config.num_classes:
             self.classifier = nn.Linear(config.n_embd, config.num_classes)
@@ -189,7 +188,8 @@ class GPT(nn.Module):
             logits = self.lm_head(x)[..., :self.config.vocab_size]
         if targets is None:
             return logits, None
-        return logits, functional.cross_entropy(logits.flatten(0, -2), targets.flatten(),
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, functional.cross_entropy(exact.flatten(0, -2), targets.flatten(),
                                                 ignore_index=-1)
 
     @torch.no_grad()

@@ -287,12 +287,10 @@ def softmax_attention_weights(q, k, causal=True, key_mask=None):
 
 def softmax_attention(q, k, v, causal=True, key_mask=None):
     """softmax_attention_weights(q, k) @ v; without a mask it never holds the weights."""
-    T_q, T_k = q.size(2), k.size(2)
-    if key_mask is None and T_q in (1, T_k):                # FlashAttention on a GPU; the last
+    if key_mask is None and q.size(2) in (1, k.size(2)):    # FlashAttention on a GPU; the last
         return functional.scaled_dot_product_attention(     # token alone sees all keys
-            q, k, v, is_causal=causal and T_q > 1)
-    return functional.scaled_dot_product_attention(q, k, v,
-                                                   visible(q, k, causal, key_mask))
+            q, k, v, is_causal=causal and q.size(2) > 1)
+    return functional.scaled_dot_product_attention(q, k, v, visible(q, k, causal, key_mask))
 
 
 # --- how spiky, how monotone, how alike -----------------------------------------------------------

@@ -197,16 +197,10 @@ class HuggingFace(nn.Module):
 
     def projections(self):
         """(module, matrices stacked in its weight) of queries, keys, values and outputs."""
-        found = []
-        for name, module in self.hf.named_modules():
-            last = name.split(".")[-1]
-            if last in ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value"):
-                found.append((module, 1))
-            elif last in ("c_attn", "c_proj") and ".attn." in name:
-                found.append((module, 3 if last == "c_attn" else 1))
-            elif name.endswith("attention.output.dense"):
-                found.append((module, 1))
-        return found
+        ends = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", ".attn.c_attn",
+                ".attn.c_proj", "attention.output.dense")
+        return [(module, 3 if name.endswith("c_attn") else 1)
+                for name, module in self.hf.named_modules() if name.endswith(ends)]
 
     def convert(self, attention, feature_dim=0, stage=""):
         """Puts what `attention` names (GPTConfig.attention) into the layers, maps as they start."""
@@ -225,8 +219,6 @@ class HuggingFace(nn.Module):
         if self.hf.config.model_type == "bert" and sep is not None:
             ends = (idx == sep).long()                      # which of two sentences a token is of
             inputs["token_type_ids"] = (ends.cumsum(-1) - ends).clamp(max=1)
-            if key_mask is not None:
-                inputs["token_type_ids"] *= key_mask
         if self.config.causal:
             inputs["use_cache"] = False
         return inputs
@@ -240,8 +232,7 @@ class HuggingFace(nn.Module):
             key_mask = None             # no token sees what is on its right; kernels take no mask
             if self.training:
                 weight = self.hf.get_output_embeddings().weight
-                return None, linear_cross_entropy(self.hidden(idx)[0], weight, targets,
-                                                  len(weight))
+                return None, linear_cross_entropy(self.hidden(idx)[0], weight, targets, len(weight))
         logits = self.hf(**self.inputs(idx, key_mask)).logits
         if targets is None:
             return logits, None
@@ -297,9 +288,8 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
     if labels:                                              # a head of another size starts anew
         options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True,
                     "label2id": {label: i for i, label in enumerate(labels)}}
-    parent = path.parent
-    if not path.exists() and (len(path.parts) > 2 or parent != Path() and parent.is_dir()):
-        raise ValueError(f"there is no folder or file {name}")      # and no model has such a name
+    if not path.exists() and len(path.parts) > 2:           # no model has such a name
+        raise ValueError(f"there is no folder or file {name}")
     try:
         if path.suffix == ".gguf":
             model, tokenizer, missing = load_gguf(path)

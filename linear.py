@@ -102,11 +102,8 @@ def recurrent_step(phi_q, phi_k, v, state=None):
     dtype, sum_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
         phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
-        if state is None:
-            S, z = phi_k.unsqueeze(-1) * v.unsqueeze(-2), phi_k.clone()     # (B, H, F, D or no D)
-        else:
-            S = torch.addcmul(state[0], phi_k.unsqueeze(-1), v.unsqueeze(-2))
-            z = state[1] + phi_k
+        S, z = state or (phi_k.new_zeros(()), phi_k.new_zeros(()))
+        S, z = torch.addcmul(S, phi_k.unsqueeze(-1), v.unsqueeze(-2)), z + phi_k
         num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)         # (B, H, D)
         den = (phi_q * z).sum(-1, keepdim=True)
         return (num / (den + EPS)).to(dtype), (S, z)

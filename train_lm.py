@@ -142,8 +142,6 @@ def resumed(values, given):
 
 NOT_FINITE = ("the {} is {} at step {}: try a lower --lr or --precision fp32; the last checkpoint "
               "is untouched")
-# Dense bf16 floating point operations a second by name of the card, from the makers' data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 # --- one step, one evaluation ---------------------------------------------------------------------
@@ -481,10 +479,6 @@ def train(o, data):
               "config": asdict(raw_model.config)}
     if o.device.startswith("cuda"):
         result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        for card, flops in PEAK_FLOPS.items():
-            if card in device_name(o) and o.precision == "bf16" and timed:
-                done = 6 * result["parameters"] * result["tokens_per_second"] / world()
-                result["model_flops_utilisation"] = round(done / flops, 3)  # without attention's
     return raw_model, result
 
 

@@ -985,12 +985,12 @@ def test_one_clear_line_and_exit_code_2(here, args, words):
 
 
 def test_text_in_tokens_of_its_own(here):
-    Path("own").mkdir()
+    Path("own-tokens").mkdir()
     for split in ("train", "valid"):
-        (np.arange(3000, dtype=np.uint16) % 7).tofile(f"own/{split}.bin")
-    Path("own/meta.json").write_text(json.dumps({"tokenizer": "mine", "vocab_size": 7}))
-    rows = result("--data own --n-layer 1 --n-embd 16 --block-size 16 --teacher-steps 2 --steps 2 "
-                  "--distill-steps 2 --out from-own")["rows"]
+        (np.arange(3000, dtype=np.uint16) % 7).tofile(f"own-tokens/{split}.bin")
+    Path("own-tokens/meta.json").write_text(json.dumps({"tokenizer": "mine", "vocab_size": 7}))
+    rows = result("--data own-tokens --n-layer 1 --n-embd 16 --block-size 16 --teacher-steps 2 "
+                  "--steps 2 --distill-steps 2 --out from-own")["rows"]
     assert [row["name"].split(", ")[1] for row in rows][:3] == ["the teacher", "swapped", "stage 1"]
 
 

@@ -448,6 +448,12 @@ def test_a_classifier_in_any_precision(dtype):
     assert gpt(idx, key_mask=mask)[0].dtype == dtype
 
 
+def test_a_bf16_model_has_one_loss_in_training_and_evaluation():
+    gpt, (idx, y) = model().bfloat16(), torch.randint(0, 50, (2, B, 20))
+    training, evaluation = gpt(idx, y)[1], gpt.eval()(idx, y)[1]
+    assert evaluation.item() == pytest.approx(training.item(), rel=1e-4)
+
+
 def test_a_replayed_function_takes_what_it_is_given(monkeypatch):
     """The graph here does again what was done while it recorded, as a GPU would."""
     launched, recording = [], []
