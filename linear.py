@@ -103,7 +103,7 @@ def recurrent_step(phi_q, phi_k, v, state=None):
     with torch.autocast(v.device.type, enabled=False):
         phi_q, phi_k, v = (x.to(sum_dtype) for x in (phi_q, phi_k, v))
         S, z = state or (phi_k.new_zeros(()), phi_k.new_zeros(()))
-        S, z = torch.addcmul(S, phi_k.unsqueeze(-1), v.unsqueeze(-2)), z + phi_k
+        S, z = torch.addcmul(S, phi_k.unsqueeze(-1), v.unsqueeze(-2)), z + phi_k    # in one pass
         num = (phi_q.unsqueeze(-2) @ S).squeeze(-2)         # (B, H, D)
         den = (phi_q * z).sum(-1, keepdim=True)
         return (num / (den + EPS)).to(dtype), (S, z)

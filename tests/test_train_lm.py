@@ -624,6 +624,8 @@ def test_sample_from_a_checkpoint():
         assert code == 0 and out.startswith("[line 7]")
         return out.rsplit("\n\n", 1)[0]
     assert text() == text() and text("--temperature 0") == text("--top-k 1")
+    assert text("--temperature 1e-300") == text("--temperature 0")
+    assert text("--top-k 1000") == text("--top-k 256")      # there are no more
     assert len({text(), text("--temperature 0"), text("--seed 1")}) == 3
     assert "of 16 tokens cannot be continued" in failure("--out o --sample", "x" * 16)
     assert "of 0 tokens cannot be continued" in failure("--out o --sample ''")
