@@ -303,7 +303,8 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
                 transformers.AutoTokenizer)
             tokenizer = processor.from_pretrained(name)
     except Exception as e:                                  # transformers raises many kinds
-        raise ValueError(f"{name} is not to be had as a model of transformers ("
+        here = "" if path.exists() else "no folder or file here, and "
+        raise ValueError(f"{name} is {here}not to be had as a model of transformers ("
                          f"{(str(e).strip() or repr(e)).splitlines()[0][:200]})")
     words = model.get_input_embeddings()
     if isinstance(words, nn.Embedding) and len(tokenizer) > words.num_embeddings:

@@ -765,7 +765,7 @@ def test_one_clear_line(stock, capsys, monkeypatch):
     for args, words in (
             ("--teacher llama --data ids", "a vocabulary of 300, the model's has 257"),
             ("--teacher bare --data text.txt", "bare has no tokenizer"),
-            ("--teacher nowhere --data empty.jsonl", "nowhere is not to be had"),
+            ("--teacher nowhere --data empty.jsonl", "nowhere is no folder or file here, and"),
             ("--teacher llama/no/thing --data d.jsonl", "no folder or file llama/no/thing"),
             ("--teacher half --data d.jsonl", "not saved by HuggingFace.save"),
             ("--teacher t5 --data empty.jsonl", "t5 is not to be had"),
