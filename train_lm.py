@@ -82,7 +82,7 @@ class Options:
     resume: bool = option(False, "go on with the run in --out, with its options")
     overwrite: bool = option(False, "replace the run in --out")
     sample: str = option(None, "continue this prompt with the model in --out, instead of training")
-    sample_tokens: int = option(400, "tokens of the sample", 1)
+    sample_tokens: int = option(0, "tokens of the sample; 0: up to the end of a context", 0)
     temperature: float = option(0.8, "of the sample; 0 takes the likeliest token", 0, 1e3)
     top_k: int = option(50, "sample among so many tokens", 1)
 
@@ -520,7 +520,8 @@ def sample(o, model, tokenizer, prompt):
         encode, decode = gpt2_encoding().encode_ordinary, gpt2_encoding().decode
     ids = list(encode(prompt)) if isinstance(prompt, str) else prompt
     limit = model.config.max_length or math.inf
-    new = min(o.sample_tokens, limit - len(ids))
+    new = o.sample_tokens or max(1, model.config.block_size - len(ids))
+    new = min(new, limit - len(ids))
     if not ids or new < 1:
         raise ValueError(f"a prompt of {len(ids)} tokens cannot be continued: it has to have one"
                          + f", and fewer than {limit}" * (limit < math.inf))

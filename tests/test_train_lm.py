@@ -641,6 +641,7 @@ def test_what_is_said_of_a_sample():
     assert f"softmax's cache would be {4 * 2 * 16 * (6 + 20):,} bytes" in out
     out = run("--out o --sample 'line 7' --sample-tokens 10")[1]
     assert "\n10 tokens after" in out and "the text beyond" not in out
+    assert "\n10 tokens after" in run("--out o --sample 'line 7' --sample-tokens 0")[1]
 
 
 def test_a_recall_model_has_no_text(few_recall):
