@@ -135,8 +135,8 @@ def forget_cache(module, args, output):
 
 
 def count_from_padding(model, args, kwargs):
-    """A pre-hook of causal models, which count padding on the left as positions. Softmax of rotary
-    positions does not mind, maps of the rotated q and k do."""
+    """A pre-hook of causal models: without position_ids they would count padding on the left, too.
+    Softmax of rotary positions does not mind that, maps of the rotated q and k do."""
     mask = kwargs.get("attention_mask")
     if kwargs.get("position_ids") is None and mask is not None and mask.dim() == 2:
         tokens = args[0] if args else kwargs.get("input_ids")

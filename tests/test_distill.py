@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import distill
+import places
 import tasks
 import train_lm
 from distill import LowRank, add_lora, merge_lora, mimicry_loss, model_with
@@ -982,6 +983,19 @@ def test_one_clear_line_and_exit_code_2(here, args, words):
         shutil.copytree("softmax", "gone/softmax")
     code, _, err = run(args)
     assert code == 2 and words in err.splitlines()[-1] and err.count("error: ") == 1
+
+
+def test_how_much_places_matter(here, capsys, monkeypatch):
+    """Softmax of rotary positions gives the same at all of them, Hedgehog does not."""
+    monkeypatch.setattr("sys.argv", ["places.py"])
+    for attention in ("softmax", "hedgehog"):
+        train_lm.main("--data text.txt --n-layer 1 --n-embd 16 --block-size 16 --position rotary "
+                      f"--steps 3 --attention {attention} --out turned-{attention}".split())
+        places.main(f"turned-{attention}")
+        at_0, *others = json.loads(capsys.readouterr().out.splitlines()[-1])["places"]
+        for x in others:
+            same = x["loss"] == pytest.approx(at_0["loss"], rel=1e-5) and abs(x["moved"]) < 1e-6
+            assert same == (attention == "softmax") and at_0["moved"] == 0
 
 
 def test_text_in_tokens_of_its_own(here):

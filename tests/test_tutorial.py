@@ -27,7 +27,7 @@ SOURCES = "".join((ROOT / f"{name}.py").read_text()
                   for name in ("linear", "kernel", "hedgehog", "gpt", "tasks", "command_line",
                                "train_lm", "analysis", "distill", "hf", "tests/bench_kernel",
                                "tests/bench_generation", "tests/bench_training", "tests/tables",
-                               "tests/drills", "tests/gap"))
+                               "tests/drills", "tests/gap", "tests/places"))
 # A python block and, directly after it, what it prints, if anything.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n*^```text\n(.*?)^```\n)?", re.M | re.S)
 
