@@ -140,9 +140,9 @@ def from_teacher(values, given):
 # (hedgehog.py). While maps learn, softmax stays in `mix` and is watched.
 
 
-def kl_of_queries(q, k, phi_q, phi_k, causal, key_mask, queries):
+def kl_of_queries(q, k, phi_q, phi_k, r, causal, key_mask, queries):
     teacher = softmax_attention_weights(q, k, causal, key_mask)
-    student = linear_attention_weights(phi_q, phi_k, causal, key_mask)
+    student = linear_attention_weights(phi_q, phi_k, causal, key_mask, r)
     return attention_kl(teacher, student, queries)
 
 
@@ -165,14 +165,14 @@ def mimicry_loss(feature_map, q, k, positions, causal=True, key_mask=None, block
     part = compiled(kl_of_queries) if compile else kl_of_queries
     if block < T:
         part = functools.partial(recompute, part, use_reentrant=False, preserve_rng_state=False)
-    phi_q, phi_k = feature_map(q, k, positions)             # (B, H, T, F)
+    (phi_q, phi_k), r = feature_map(q, k, positions), feature_map.rates()   # (B, H, T, F)
     mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
     total = 0.0
     for i in range(0, T, block):
         rows, keys = slice(i, i + block), slice(0, i + block if causal else T)
         queries = mask[:, rows]                             # padding asks nothing
         total = total + queries.sum() * part(q[:, :, rows], k[:, :, keys], phi_q[:, :, rows],
-                                             phi_k[:, :, keys], causal, mask[:, keys], queries)
+                                             phi_k[:, :, keys], r, causal, mask[:, keys], queries)
     return total / mask.sum().clamp(min=1)
 
 

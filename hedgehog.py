@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional
 
 from kernel import fused_attention, kernels_take
-from linear import chunked_linear_attention, linear_attention_weights, recurrent_step
+from linear import (FASTEST, chunked_linear_attention, decayed_linear_attention,
+                    linear_attention_weights, recurrent_step)
 
 
 @dataclass
@@ -50,6 +51,8 @@ class GPTConfig:
             if name != "softmax" and name not in FEATURE_MAPS:
                 raise ValueError(f"attention {name!r} is not one of: softmax, "
                                  + ", ".join(FEATURE_MAPS))
+        if "hedgehog_decay" in self.attention and not self.causal:
+            raise ValueError("hedgehog_decay is for causal models, not for encoders")
         if self.position not in ("learned", "rotary"):
             raise ValueError(f"position {self.position!r} is neither learned nor rotary")
         if self.n_head < 1 or self.feature_dim < 0:
@@ -108,6 +111,10 @@ class FeatureMap(nn.Module):
     def forward(self, q, k, positions):
         return self.phi(q), self.phi(k)
 
+    def rates(self):
+        """r (H, 1, F) if features are to decay, by exp(-r_f) with each token, below FASTEST."""
+        return None
+
 
 def first_maps(config):
     """w_q and w_k (H, d, m), alike: each head starts with the identity (Appendix A) and, where m is
@@ -155,6 +162,22 @@ class HedgehogExp(Hedgehog):
     def forward(self, q, k, positions):
         q, k = q @ self.w_q, k @ self.w_k
         return exp_features(torch.cat([q, -q], dim=-1), torch.cat([k, -k], dim=-1))
+
+
+class HedgehogDecay(Hedgehog):
+    """Hedgehog with weights of sum_f phi_f(q_i) phi_f(k_j) exp(-r_f (i - j)), r_f learned.
+
+    This is not in the paper. Section 9 of tutorial.md says what it is for.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        m = self.w_q.size(-1)
+        rate = torch.linspace(-6, 0, m).repeat(2)[torch.randperm(2 * m)]    # slow and fast features
+        self.rate = nn.Parameter(rate.repeat(config.n_head, 1, 1))          # (H, 1, 2m)
+
+    def rates(self):
+        return FASTEST * self.rate.sigmoid()
 
 
 class T2R(FeatureMap):
@@ -255,9 +278,9 @@ class Taylor(FeatureMap):
         return torch.cat([torch.ones_like(x[..., :1]), x, x2], dim=-1)
 
 
-FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "t2r": T2R, "elu": ELU,
-                "relu": ReLU, "exp": Exp, "exp2": Exp2, "performer": Performer,
-                "cosformer": CosFormer, "taylor": Taylor}
+FEATURE_MAPS = {"hedgehog": Hedgehog, "hedgehog_exp": HedgehogExp, "hedgehog_decay": HedgehogDecay,
+                "t2r": T2R, "elu": ELU, "relu": ReLU, "exp": Exp, "exp2": Exp2,
+                "performer": Performer, "cosformer": CosFormer, "taylor": Taylor}
 
 
 # --- softmax attention, the definition and the fast path ------------------------------------------
@@ -395,7 +418,8 @@ class LinearAttention(nn.Module):
         self.feature_map = feature_map
 
     def weights(self, q, k, positions, causal=True, key_mask=None):
-        return linear_attention_weights(*self.feature_map(q, k, positions), causal, key_mask)
+        return linear_attention_weights(*self.feature_map(q, k, positions), causal, key_mask,
+                                        self.feature_map.rates())
 
     def forward(self, q, k, v, positions, causal=True, key_mask=None, cache=None):
         if key_mask is not None:
@@ -404,7 +428,10 @@ class LinearAttention(nn.Module):
         if type(self.feature_map) is Hedgehog:
             w_q, w_k = self.feature_map.w_q, self.feature_map.w_k
             return hedgehog_attention(q, k, v, w_q, w_k, causal, key_mask, cache)
-        return linear_attention(*self.feature_map(q, k, positions), v, causal, key_mask, cache)
+        features, r = self.feature_map(q, k, positions), self.feature_map.rates()
+        if r is not None:
+            return decayed_linear_attention(linear_attention, *features, v, r, key_mask, cache)
+        return linear_attention(*features, v, causal, key_mask, cache)
 
     @staticmethod
     def reserve(cache, length):

@@ -11,6 +11,9 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
     S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
     z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
 
+    r             (H, 1, F)      rates, if features are to decay: feature f of a key counts
+                                 exp(-r_f (i - j)) for a query that comes i - j tokens later
+
 `naive_linear_attention` is the definition, T x T, and what every other form is tested against.
 `chunked_linear_attention` takes O(T) time and memory: the state sums up all earlier chunks.
 `recurrent_step` takes one token at a time, in generation, `recurrent_linear_attention` a sequence
@@ -28,12 +31,12 @@ EPS = 1e-30
 # --- 1. The definition ----------------------------------------------------------------------------
 
 
-def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None):
+def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None, r=None):
     """The weights a_ij = phi(q_i).phi(k_j) / sum_n phi(q_i).phi(k_n), (B, H, T_q, T_k).
 
-    With T_q < T_k the queries are the last T_q tokens.
+    With T_q < T_k the queries are the last T_q tokens. With rates r it has to be causal.
     """
-    A = phi_q @ phi_k.mT                                    # (B, H, T_q, T_k)
+    A = phi_q @ phi_k.mT if r is None else decayed_products(phi_q, phi_k, r)    # (B, H, T_q, T_k)
     if causal:
         A = A.tril(A.size(-1) - A.size(-2))
     if key_mask is not None:
@@ -116,3 +119,62 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
         y_t, state = recurrent_step(phi_q[:, :, t], phi_k[:, :, t], v[:, :, t], state)
         y.append(y_t)
     return torch.stack(y, dim=2), state
+
+
+# --- 4. Decay -------------------------------------------------------------------------------------
+#
+# exp(-r (i - j)) = exp(-r (i - c)) exp(r (j - c)) for any c, so features of queries take the first
+# factor, those of keys the second. Far from c these overflow: hence tokens are cut into segments,
+# each with a c of its own, and rates stay below FASTEST.
+
+SEGMENT = 128               # tokens
+FASTEST = 120 / SEGMENT     # so the exponents of a segment are within 60 from 0; fp32 ends at 88
+
+
+def decayed_products(phi_q, phi_k, r):
+    """sum_f phi_f(q_i) phi_f(k_j) exp(-r_f (i - j)) for j <= i, with phi_q the last ones of T_k
+    tokens; (B, H, T_q, T_k). What it has for j > i means nothing."""
+    T_q, T_k, rows = phi_q.size(2), phi_k.size(2), []
+    for i in range(0, T_q, SEGMENT):
+        q = phi_q[:, :, i:i + SEGMENT]
+        end = T_k - T_q + i + q.size(2)                     # the first token after these queries
+        x = torch.arange(end, device=q.device) - (end - q.size(2) / 2)
+        x = r * x.unsqueeze(-1)                             # (H, end, F): r (j - c)
+        A = (q * (-x[:, -q.size(2):]).exp()) @ (phi_k[:, :, :end] * x.exp()).mT
+        rows.append(pad(A, (0, T_k - end)))
+    return torch.cat(rows, dim=2)
+
+
+def decayed_linear_attention(attend, phi_q, phi_k, v, r, key_mask=None, state=None):
+    """Causal linear attention with decay in O(T), by `attend`, a function as
+    chunked_linear_attention without decay, to which segments are heads of their own.
+
+    Returns y (B, H, T, D) and the state (S, z) that the token after the last sees.
+    """
+    dtype, T = torch.promote_types(v.dtype, torch.float32), v.size(2)
+    L = max(1, min(SEGMENT, T))
+    N = max(1, -(-T // L))
+    with torch.autocast(v.device.type, enabled=False):
+        phi_q, phi_k = phi_q.to(dtype), phi_k.to(dtype)
+        if key_mask is not None:
+            phi_k = phi_k * key_mask[:, None, :, None]
+        phi_q, phi_k, v = (pad(x, (0, 0, 0, N * L - T)).unflatten(2, (N, L))
+                           for x in (phi_q, phi_k, v))      # (B, H, N, L, F or D)
+        # c is the middle of a segment
+        x = r.unsqueeze(1) * (torch.arange(L, device=v.device) - L / 2).unsqueeze(-1)
+        phi_q, phi_k = phi_q * (-x).exp(), phi_k * x.exp()
+        # S and, as one more column, z: what each segment adds at its c. Then at the c of segment n
+        # what came before it. From border to c and from c to border they fade by half a segment.
+        added = phi_k.mT @ pad(v.to(dtype), (0, 1), value=1.0)      # (B, H, N, F, D + 1)
+        half = (-r.mT * L / 2).exp()                        # (H, F, 1)
+        rest = (-r.mT * (T - (N - 1) * L - L / 2)).exp()    # the last segment may be shorter
+        now = (torch.zeros_like(added[:, :, 0]) if state is None
+               else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1))
+        before = []
+        for n in range(N):
+            before.append(now * half)
+            now = (before[-1] + added[:, :, n]) * (half if n < N - 1 else rest)
+        before = torch.stack(before, dim=2).flatten(1, 2)   # (B, H N, F, D + 1)
+        y, _ = attend(*(x.flatten(1, 2) for x in (phi_q, phi_k, v)),
+                      state=(before[..., :-1], before[..., -1]))
+        return y.unflatten(1, (-1, N)).flatten(2, 3)[:, :, :T], (now[..., :-1], now[..., -1])

@@ -153,21 +153,24 @@ def test_loss_gradient(causal, mask):
     m = noisy_map()
 
     def loss(w_q, w_k):
-        return mimicry_loss(lambda q, k, positions: torch.func.functional_call(
-            m, {"w_q": w_q, "w_k": w_k}, (q, k, positions)), q, k, None, causal, mask, block=4)
+        def feature_map(*args):
+            return torch.func.functional_call(m, {"w_q": w_q, "w_k": w_k}, args)
+        feature_map.rates = m.rates
+        return mimicry_loss(feature_map, q, k, None, causal, mask, block=4)
 
     assert torch.autograd.gradcheck(loss, [p.detach().clone().requires_grad_()
                                            for p in m.parameters()])
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal, name", [(True, "hedgehog"), (False, "hedgehog"),
+                                          (True, "hedgehog_decay")])
 @pytest.mark.parametrize("where", [None, *PADDING])
-def test_loss_is_the_kl_whatever_the_block(causal, where):
+def test_loss_is_the_kl_whatever_the_block(causal, name, where):
     """And all is finite, even where a query sees no key or a block has no query."""
     q, k = qk()
-    mask, m = where and padding(where), noisy_map()
+    mask, m = where and padding(where), noisy_map(name)
     a = softmax_attention_weights(q, k, causal, mask)
-    b = linear_attention_weights(*m(q, k, None), causal, mask)
+    b = LinearAttention(m).weights(q, k, None, causal, mask)
     kl = attention_kl(a, b, mask)
     figures = kl, entropy(a, mask), entropy(b, mask), monotonicity(b, q, k, causal, mask)
     assert all(x.isfinite() for x in figures) and (kl > 0.01) == (where != "all")

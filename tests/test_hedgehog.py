@@ -147,9 +147,11 @@ def test_no_tokens():
     assert monotonicity(torch.rand(*q.shape[:2], 0, T), q[:, :, :0], k, True, mask) == 0
 
 
-@pytest.mark.parametrize("values", [dict(n_head=0), dict(feature_dim=-1)])
-def test_configs_that_cannot_be(values):
-    with pytest.raises(ValueError, match="below"):
+@pytest.mark.parametrize("values, message", [
+    (dict(n_head=0), "below"), (dict(feature_dim=-1), "below"),
+    (dict(attention="hedgehog_decay,softmax", causal=False), "causal")])
+def test_configs_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
         GPTConfig(**values)
 
 

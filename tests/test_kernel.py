@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hedgehog import FEATURE_MAPS, GPTConfig, linear_attention
-from linear import (chunked_linear_attention, linear_attention_weights, naive_linear_attention,
-                    recurrent_linear_attention, recurrent_step)
+from linear import (EPS, FASTEST, SEGMENT, chunked_linear_attention, decayed_linear_attention,
+                    linear_attention_weights, naive_linear_attention, recurrent_linear_attention,
+                    recurrent_step)
 
 LENGTHS = [1, 15, 16, 17, 63, 65, 130]
 
@@ -43,6 +44,80 @@ def test_state_carries_on(form, cut):
     first, state = chunked_linear_attention(*(t[:, :, :cut] for t in x), chunk=16)
     second, _ = form(*(t[:, :, cut:] for t in x), state=state)
     assert error(torch.cat([first, second], dim=2), naive_linear_attention(*x)) < 1e-10
+
+
+# -- decay -----------------------------------------------------------------------------------------
+
+
+def decayed_weights(phi_q, phi_k, r, mask=None):
+    """The definition, pair by pair and feature by feature."""
+    i = torch.arange(phi_q.size(2))
+    distance = (i[:, None] - i).clamp(min=0)[..., None]     # (T, T, 1)
+    A = torch.einsum("bhif, bhjf, hijf -> bhij", phi_q, phi_k, (-r[:, :, None] * distance).exp())
+    A = A.tril() if mask is None else A.tril() * mask[:, None, None, :]
+    return A / (A.sum(-1, keepdim=True) + EPS)
+
+
+def decayed_inputs(T):
+    """phi_q, phi_k, v and rates from none to the fastest."""
+    phi_q, phi_k, v = features("hedgehog", T)
+    F = phi_q.size(-1)
+    return phi_q, phi_k, v, FASTEST * torch.linspace(0, 1, F).double().expand(3, 1, F).contiguous()
+
+
+@pytest.mark.parametrize("T", [1, 2, 65, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 44])
+@pytest.mark.parametrize("padded", [False, True])
+def test_decay_is_its_definition(T, padded):
+    """Weights, output, gradients, and queries that stand last."""
+    *x, r = decayed_inputs(T)
+    mask = None
+    if padded:
+        mask = torch.rand(2, T) < 0.7
+        mask[:, 0] = True
+    x = [t.requires_grad_() for t in (*x, r)]
+    exact = decayed_weights(*x[:2], r, mask)
+    a = linear_attention_weights(*x[:2], True, mask, r)
+    y, _ = decayed_linear_attention(chunked_linear_attention, *x, mask)
+    assert error(a, exact) < 1e-10 and error(y, exact @ x[2]) < 1e-10
+    last = slice(T // 2, None)
+    assert error(linear_attention_weights(x[0][:, :, last], x[1], True, mask, r),
+                 exact[:, :, last]) < 1e-10
+    dy = torch.randn_like(y)
+    references = torch.autograd.grad(exact @ x[2], x, dy)
+    for form in (y, a @ x[2]):
+        for g, reference in zip(torch.autograd.grad(form, x, dy), references):
+            assert (g - reference).norm() < 1e-10 * (1 + reference.norm())
+
+
+def test_decay_in_fp32_at_the_fastest_rate():
+    """exp(-FASTEST SEGMENT) is 0 in fp32; neither that nor its gradient may spoil anything."""
+    *x, r = decayed_inputs(2 * SEGMENT)
+    x = [t.float().requires_grad_() for t in (*x, torch.full_like(r, FASTEST))]
+    y, state = decayed_linear_attention(chunked_linear_attention, *x)
+    ys = [t.detach().double().requires_grad_() for t in x]
+    exact = decayed_weights(*ys[:2], ys[3]) @ ys[2]
+    assert error(y, exact) < 1e-5
+    dy = torch.randn_like(y)
+    for g, reference in zip(torch.autograd.grad(y, x, dy, retain_graph=True),
+                            torch.autograd.grad(exact, ys, dy.double())):
+        assert error(g, reference) < 1e-5
+    for g in torch.autograd.grad(sum(s.sum() for s in state), x[1:]):
+        assert g.isfinite().all()
+
+
+@pytest.mark.parametrize("cuts", [(1, 2), (40, 41), (SEGMENT, 200), (50, 50 + SEGMENT)])
+def test_decayed_state_carries_on(cuts):
+    """In pieces of any length, that of a single token too."""
+    *x, r = decayed_inputs(2 * SEGMENT + 10)
+    state, y = None, []
+    for i, j in zip((0, *cuts), (*cuts, None)):
+        piece, state = decayed_linear_attention(chunked_linear_attention,
+                                                *(t[:, :, i:j] for t in x), r, state=state)
+        y.append(piece)
+    assert error(torch.cat(y, dim=2), decayed_weights(*x[:2], r) @ x[2]) < 1e-10
+
+
+# -- masks, sums, precision ------------------------------------------------------------------------
 
 
 def test_bidirectional_and_padding():

@@ -1,6 +1,7 @@
 """The kernels against the definition in float64: in Triton's interpreter on a CPU, with tiles so
 small that small inputs cross their edges, and compiled on a GPU if there is one."""
 
+import functools
 import itertools
 import math
 import sys
@@ -26,7 +27,8 @@ from gpt import GPT
 from hedgehog import (GPTConfig, Hedgehog, LinearAttention, SoftmaxAttention, hedgehog_attention,
                       hedgehog_features, linear_attention)
 from kernel import EPS, fused_attention
-from linear import chunked_linear_attention, naive_linear_attention
+from linear import (FASTEST, chunked_linear_attention, decayed_linear_attention,
+                    linear_attention_weights, naive_linear_attention)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -203,6 +205,23 @@ def test_bf16():
     *inputs, dy = random_inputs(1, 2, 40, 16, dtype=torch.bfloat16)
     exact = output_and_gradients(hedgehog_naive, inputs, dy, torch.float64)
     assert_close(output_and_gradients(fused_attention, inputs, dy), exact, 1e-2)
+
+
+@pytest.mark.parametrize("dtype, d, F, tolerance", [
+    (torch.float32, 16, 16, 1e-5),
+    *(pytest.param(*x, marks=on_gpu) for x in ((torch.float32, 64, 128, 1e-4),
+                                               (torch.bfloat16, 64, 256, 2e-2)))])
+def test_decay_by_the_kernels(dtype, d, F, tolerance):
+    """Two segments, of which the second is short, and rates up to the fastest."""
+    g = torch.Generator().manual_seed(0)
+    phi_q, phi_k = (torch.randn(1, 2, 140, F, generator=g).softmax(-1) for _ in range(2))
+    v, dy = torch.randn(2, 1, 2, 140, d, generator=g)
+    r = FASTEST * torch.linspace(0, 1, F).expand(2, 1, F)
+    inputs, dy = [x.to(DEVICE) for x in (phi_q, phi_k, v.to(dtype), r)], dy.to(DEVICE)
+    exact = output_and_gradients(lambda *x: linear_attention_weights(*x[:2], r=x[3]) @ x[2],
+                                 inputs, dy, torch.float64)
+    assert_close(output_and_gradients(functools.partial(decayed_linear_attention, fused_attention),
+                                      inputs, dy), exact, tolerance)
 
 
 @interpreted
