@@ -97,6 +97,7 @@ def test_decay_in_fp32_at_the_fastest_rate():
     ys = [t.detach().double().requires_grad_() for t in x]
     exact = decayed_weights(*ys[:2], ys[3]) @ ys[2]
     assert error(y, exact) < 1e-5
+    assert error(linear_attention_weights(*x[:2], r=x[3]) @ x[2], exact) < 1e-5
     dy = torch.randn_like(y)
     for g, reference in zip(torch.autograd.grad(y, x, dy, retain_graph=True),
                             torch.autograd.grad(exact, ys, dy.double())):
@@ -105,7 +106,8 @@ def test_decay_in_fp32_at_the_fastest_rate():
         assert g.isfinite().all()
 
 
-@pytest.mark.parametrize("cuts", [(1, 2), (40, 41), (SEGMENT, 200), (50, 50 + SEGMENT)])
+@pytest.mark.parametrize("cuts", [(1, 2), (40, 41), (SEGMENT, 200),
+                                  (SEGMENT + 22, 200)])
 def test_decayed_state_carries_on(cuts):
     """In pieces of any length, that of a single token too."""
     *x, r = decayed_inputs(2 * SEGMENT + 10)
