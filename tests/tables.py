@@ -27,7 +27,8 @@ from statistics import linear_regression, mean, stdev
 ROOT = Path(__file__).parent.parent
 OPTIONS = "--exp-temperature", "--feature-dim", "--qk-init"             # parts of a row's name
 # Columns that go into the sentence under a table whose rows are alike in them.
-SETTINGS = "data", "positions", "heads", "steps", "batch", "rate", "parameters", "seeds", "card"
+SETTINGS = ("data", "positions", "heads", "contexts", "steps", "batch", "rate", "parameters",
+            "seeds", "card")
 STAGES = ("softmax, the teacher", "swapped", "stage 1", "stage 2", "softmax at best",
           "from scratch")
 # What is compared, the table, column and rows to take it from, the map, and the paper's gap:
@@ -80,13 +81,13 @@ def gap(losses, softmax_losses, token_bytes):
 
 def trained(chosen):
     """The runs from scratch of each model, one a seed (of several the last), by what they share:
-    data, steps, heads, positions, the map with its options and edit, the rate."""
+    data, steps, heads, positions, contexts, the map with its options and edit, the rate."""
     found = {}
     for r in chosen:
         options = {o.split()[0]: o for o in re.split(r" (?=--)", r["command"])
                    if o.startswith(OPTIONS)}
         key = (r["data"], r["steps"], r["config"]["n_head"], r["config"]["position"],
-               " ".join([r["attention"], *options.values()])
+               r["config"]["block_size"], " ".join([r["attention"], *options.values()])
                + (f", {r['edit']}" if "edit" in r else ""), r["lr"])
         found.setdefault(key, {})[r["seed"]] = r
     return {key: [runs[seed] for seed in sorted(runs)] for key, runs in found.items()}
@@ -99,7 +100,7 @@ def loss_of(runs):
 def beside_softmax(found, key):
     """The runs of a model of `trained` and those of softmax at the best of its rates, of the seeds
     that both have. Both lists are empty if there are none."""
-    rates = [runs for other, runs in found.items() if other[:5] == (*key[:4], "softmax")]
+    rates = [runs for other, runs in found.items() if other[:6] == (*key[:5], "softmax")]
     softmax = {r["seed"]: r for r in min(rates, key=loss_of, default=[])}
     own = [r for r in found[key] if r["seed"] in softmax]
     return own, [softmax[r["seed"]] for r in own]
@@ -110,11 +111,11 @@ def scratch(chosen, lines):
     found, rows = trained(chosen), []
     for key in sorted(found, key=lambda key: (
             key[0], found[key][0]["config"]["n_embd"], key[1], loss_of(found[key]))):
-        data, steps, heads, position, attention, rate = key
+        data, steps, heads, position, contexts, attention, rate = key
         runs, pair = found[key], beside_softmax(found, key)
         rows.append({
             "map": attention, "data": data, "positions": position, "heads": str(heads),
-            "steps": f"{steps:,}", "rate": f"{rate:g}",
+            "contexts": f"{contexts:,}", "steps": f"{steps:,}", "rate": f"{rate:g}",
             "parameters": f"{runs[0]['parameters'] / 1e6:.1f} M",
             "seeds": str(len(runs)),
             "% right": number(1, *(100 * r["valid"]["accuracy"] for r in runs)),
@@ -354,23 +355,26 @@ def rewrite(text, lines):
 def plot_curve(lines, path):
     """Hedgehog's gap against tokens seen per parameter, a line for each text, size and positions,
     all maps at their best rate, with the standard deviation where there are several seeds; for the
-    small model of today the rivals' gaps, too. Heads are 64 wide. How many tokens the paper's model
-    saw is a guess. Prints the power law of each line with four points or more."""
+    small model of today the rivals' gaps, too. Heads are 64 wide, of several lengths of contexts on
+    a text the shortest is drawn. How many tokens the paper's model saw is a guess. Prints the power
+    law of each line with four points or more."""
     import matplotlib.pyplot as plt
 
     found, curves = trained([r for r in lines if TABLES["scratch"][1](r)]), {}
-    best = {}
+    best, shortest = {}, {}
     for key in sorted(found, key=lambda key: loss_of(found[key])):
-        best.setdefault(key[:5], key)
+        best.setdefault(key[:6], key)
+        shortest[key[0]] = min(key[4], shortest.get(key[0], key[4]))
     for key in sorted(best.values()):
         (runs, softmax), token_bytes = beside_softmax(found, key), bytes_per_token(key[0], lines)
-        rival = key[4] in ("performer", "elu") and key[:4:3] == ("enwiki-88m", "rotary")
-        if ((key[4] == "hedgehog" or rival) and softmax and token_bytes
-                and runs[0]["config"]["n_embd"] == 64 * key[2]):
+        rival = (key[5] in ("performer", "elu", "hedgehog_decay")
+                 and key[:4:3] == ("enwiki-88m", "rotary"))
+        if ((key[5] == "hedgehog" or rival) and softmax and token_bytes
+                and key[4] == shortest[key[0]] and runs[0]["config"]["n_embd"] == 64 * key[2]):
             size, both = softmax[0]["parameters"], [[r["valid"]["loss"] for r in of_map]
                                                     for of_map in (runs, softmax)]
             deviation = math.hypot(*(stdev(x) for x in both if len(x) > 1))
-            name = f"{key[4]}, {size / 1e6:.1f}M, {key[0]}, {key[3]}"
+            name = f"{key[5]}, {size / 1e6:.1f}M, {key[0]}, {key[3]}"
             curves.setdefault(name, []).append((
                 softmax[0]["tokens"] / size, (mean(both[0]) - mean(both[1])) / token_bytes,
                 deviation / token_bytes))
