@@ -379,9 +379,10 @@ def plot_curve(lines, path):
                 softmax[0]["tokens"] / size, (mean(both[0]) - mean(both[1])) / token_bytes,
                 deviation / token_bytes))
     figure, axis = plt.subplots(figsize=(7, 4))
-    for name, points in curves.items():
+    for i, (name, points) in enumerate(curves.items()):
         x, y, deviations = zip(*points)
-        axis.errorbar(x, y, deviations, fmt="o-", capsize=3, label=name)
+        marker = "os"[i // 10]                  # colours come again after ten lines
+        axis.errorbar(x, y, deviations, fmt=f"{marker}-", capsize=3, label=name)
         if len(x) > 3:                          # a straight line here is a power law
             slope, at_1 = linear_regression([math.log(a) for a in x], [math.log(b) for b in y])
             off = max(abs(math.log(b) - at_1 - slope * math.log(a)) for a, b in zip(x, y))
