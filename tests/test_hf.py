@@ -239,7 +239,7 @@ def test_a_save_that_is_interrupted_last_leaves_the_old_one(stock, monkeypatch):
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("attention", ["hedgehog", "softmax,hedgehog"])
+@pytest.mark.parametrize("attention", ["hedgehog", "hedgehog_decay", "softmax,hedgehog"])
 def test_generate(stock, family, attention):
     """Greedy from the state is greedy by recomputation; left padding and beams, too."""
     stock(family)
