@@ -380,8 +380,8 @@ def convert(task, teacher, o):
     stage_1 = replace(o, seed=o.seed + 10**6, batch_size=o.distill_batch_size or o.batch_size)
     stage_2 = replace(o, seed=o.seed + 2 * 10**6)
     label = o.attention if o.distill else f"{o.attention}-no-distill"
-    model = model_with(replace(teacher.config, attention=o.attention, feature_dim=o.feature_dim),
-                       teacher, o.seed)
+    config = replace(teacher.config, attention=o.attention, feature_dim=o.feature_dim)
+    model = model_with(config, teacher, o.seed)
     layers = model.attention_layers()
     linear, softmax = [layer.mix for layer in layers], [SoftmaxAttention() for _ in layers]
     put(softmax, layers)
@@ -404,8 +404,7 @@ def convert(task, teacher, o):
         rows.append(row("softmax, finetuned", model, softmax, task, o))
     if task.name == "listops":          # as many steps as the teacher and stage 2 together
         torch.manual_seed(o.seed)
-        model = GPT(replace(teacher.config, attention=o.attention,
-                            feature_dim=o.feature_dim)).to(o.device)
+        model = GPT(config).to(o.device)
         train("scratch", model, task, o, o.teacher_steps + o.steps, o.teacher_lr)
         mixes = [layer.mix for layer in model.attention_layers()]
         rows.append(row(f"{o.attention}, from scratch", model, mixes, task, o))
@@ -531,6 +530,7 @@ def prepare(o):
     if o.task and o.task != "listops" and isinstance(teacher, GPT):
         teacher = model_with(replace(teacher.config, causal=False, num_classes=task.classes),
                              teacher, o.seed)
+    replace(teacher.config, attention=o.attention)          # an error now, not after the training
     return task, teacher
 
 

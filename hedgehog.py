@@ -97,8 +97,8 @@ def hedgehog_features(x, w):
 class FeatureMap(nn.Module):
     """phi: called with q, k (B, H, T, d) and positions (T,), returns phi_q, phi_k (B, H, T, F).
 
-    A new map is a subclass and a line in FEATURE_MAPS. Attention only calls it, but for Hedgehog
-    itself, whose w_q and w_k go to the kernels where these serve.
+    A new map is a subclass and a line in FEATURE_MAPS. Attention calls it and asks for rates(), but
+    of Hedgehog itself w_q and w_k go to the kernels where these serve.
 
     Features must give phi(q).phi(k) >= 0, and depend on a token and its position alone: generation
     hands over one token at a time. A factor that all of one query's features share cancels
@@ -112,7 +112,7 @@ class FeatureMap(nn.Module):
         return self.phi(q), self.phi(k)
 
     def rates(self):
-        """r (H, 1, F) if features are to decay, by exp(-r_f) with each token, below FASTEST."""
+        """r (H, 1, F) below FASTEST, if feature f is to fade by exp(-r_f) with each token."""
         return None
 
 
@@ -173,11 +173,11 @@ class HedgehogDecay(Hedgehog):
     def __init__(self, config):
         super().__init__(config)
         m = self.w_q.size(-1)
-        rate = torch.linspace(-6, 0, m).repeat(2)[torch.randperm(2 * m)]    # slow and fast features
-        self.rate = nn.Parameter(rate.repeat(config.n_head, 1, 1))          # (H, 1, 2m)
+        logit = torch.linspace(-6, 0, m).repeat(2)[torch.randperm(2 * m)]   # r from 0.002 to 0.47
+        self.rate_logit = nn.Parameter(logit.repeat(config.n_head, 1, 1))   # (H, 1, 2m)
 
     def rates(self):
-        return FASTEST * self.rate.sigmoid()
+        return FASTEST * self.rate_logit.sigmoid()
 
 
 class T2R(FeatureMap):
@@ -430,7 +430,8 @@ class LinearAttention(nn.Module):
             return hedgehog_attention(q, k, v, w_q, w_k, causal, key_mask, cache)
         features, r = self.feature_map(q, k, positions), self.feature_map.rates()
         if r is not None:
-            return decayed_linear_attention(linear_attention, *features, v, r, key_mask, cache)
+            return decayed_linear_attention(linear_attention, *features, v, r, causal, key_mask,
+                                            cache)
         return linear_attention(*features, v, causal, key_mask, cache)
 
     @staticmethod

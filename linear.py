@@ -11,13 +11,12 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
     S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
     z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
 
-    r             (H, 1, F)      rates, if features are to decay: feature f of a key counts
-                                 exp(-r_f (i - j)) for a query that comes i - j tokens later
 
 `naive_linear_attention` is the definition, T x T, and what every other form is tested against.
 `chunked_linear_attention` takes O(T) time and memory: the state sums up all earlier chunks.
 `recurrent_step` takes one token at a time, in generation, `recurrent_linear_attention` a sequence
-so. kernel.py has the chunked form and the step as Triton kernels.
+so. kernel.py has the chunked form and the step as Triton kernels. At the end, and not in the paper,
+are features that fade with distance.
 """
 
 import torch
@@ -34,8 +33,10 @@ EPS = 1e-30
 def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None, r=None):
     """The weights a_ij = phi(q_i).phi(k_j) / sum_n phi(q_i).phi(k_n), (B, H, T_q, T_k).
 
-    With T_q < T_k the queries are the last T_q tokens. With rates r it has to be causal.
+    With T_q < T_k the queries are the last T_q tokens. r: rates of decay (section 4) or None.
     """
+    if r is not None:
+        check_causal(causal)
     A = phi_q @ phi_k.mT if r is None else decayed_products(phi_q, phi_k, r)    # (B, H, T_q, T_k)
     if causal:
         A = A.tril(A.size(-1) - A.size(-2))
@@ -123,17 +124,23 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 
 # --- 4. Decay -------------------------------------------------------------------------------------
 #
-# exp(-r (i - j)) = exp(-r (i - c)) exp(r (j - c)) for any c, so features of queries take the first
-# factor, those of keys the second. Far from c these overflow: hence tokens are cut into segments,
-# each with a c of its own, and rates stay below FASTEST.
+# With rates r (H, 1, F) weights are sum_f phi_f(q_i) phi_f(k_j) exp(-r_f (i - j)), j <= i, and
+# S_i = exp(-r) S_{i-1} + phi(k_i) v_i^T. Since exp(-r (i - j)) = exp(-r (i - c)) exp(r (j - c)) for
+# any c, features of queries take the first factor, those of keys the second. Far from c these
+# overflow: hence tokens are cut into segments, each with a c of its own, and r is below FASTEST.
 
 SEGMENT = 128               # tokens
-FASTEST = 120 / SEGMENT     # so the exponents of a segment are within 60 from 0; fp32 ends at 88
+FASTEST = 120 / SEGMENT     # exponents stay below 60 (fp32 ends at 88); of far keys they are low
+
+
+def check_causal(causal):
+    if not causal:
+        raise ValueError("features that decay are for causal attention")
 
 
 def decayed_products(phi_q, phi_k, r):
-    """sum_f phi_f(q_i) phi_f(k_j) exp(-r_f (i - j)) for j <= i, with phi_q the last ones of T_k
-    tokens; (B, H, T_q, T_k). What it has for j > i means nothing."""
+    """sum_f phi_f(q_i) phi_f(k_j) exp(-r_f (i - j)), (B, H, T_q, T_k); the queries are the last T_q
+    tokens. For j > i it may be infinite, so that has to be cut off, not multiplied by 0."""
     T_q, T_k, rows = phi_q.size(2), phi_k.size(2), []
     for i in range(0, T_q, SEGMENT):
         q = phi_q[:, :, i:i + SEGMENT]
@@ -145,12 +152,13 @@ def decayed_products(phi_q, phi_k, r):
     return torch.cat(rows, dim=2)
 
 
-def decayed_linear_attention(attend, phi_q, phi_k, v, r, key_mask=None, state=None):
-    """Causal linear attention with decay in O(T), by `attend`, a function as
-    chunked_linear_attention without decay, to which segments are heads of their own.
+def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=None, state=None):
+    """Linear attention with decay in O(T). `attend` does the work: it is called as
+    chunked_linear_attention, without decay, and with segments as heads.
 
-    Returns y (B, H, T, D) and the state (S, z) that the token after the last sees.
+    Returns y (B, H, T, D) and exp(-r) (S, z), the state as the token after the last sees it.
     """
+    check_causal(causal)
     dtype, T = torch.promote_types(v.dtype, torch.float32), v.size(2)
     L = max(1, min(SEGMENT, T))
     N = max(1, -(-T // L))
@@ -163,11 +171,11 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, key_mask=None, state=No
         # c is the middle of a segment
         x = r.unsqueeze(1) * (torch.arange(L, device=v.device) - L / 2).unsqueeze(-1)
         phi_q, phi_k = phi_q * (-x).exp(), phi_k * x.exp()
-        # S and, as one more column, z: what each segment adds at its c. Then at the c of segment n
-        # what came before it. From border to c and from c to border they fade by half a segment.
+        # [S, z], with z as one more column. added: by each segment, as seen from its c; before: by
+        # all earlier ones, as seen from there; now: by all so far, as seen by the next token.
         added = phi_k.mT @ pad(v.to(dtype), (0, 1), value=1.0)      # (B, H, N, F, D + 1)
         half = (-r.mT * L / 2).exp()                        # (H, F, 1)
-        rest = (-r.mT * (T - (N - 1) * L - L / 2)).exp()    # the last segment may be shorter
+        rest = (-r.mT * (T - (N - 1) * L - L / 2)).exp()    # from the last c to token T
         now = (torch.zeros_like(added[:, :, 0]) if state is None
                else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1))
         before = []

@@ -950,6 +950,7 @@ def test_glue_from_a_language_model(here):
     ("--teacher softmax --data text.txt --n-layer 1", "--n-layer: softmax has its own"),
     ("--teacher softmax --data text.txt --epochs 1", "--epochs: softmax has its own"),
     ("--task listops --teacher softmax", "leave --teacher out"),
+    ("--task listops --attention hedgehog_decay --listops-examples 9 --teacher-steps 9", "causal"),
     ("--analyze softmax --teacher elu", "leave --teacher out"),
     ("--epochs 1 --teacher-steps 3 --data text.txt", "--epochs or --teacher-steps"),
     ("--attention hedhegog --data nowhere", "'hedhegog' is not one of"),
@@ -986,6 +987,7 @@ def test_one_clear_line_and_exit_code_2(here, args, words):
         shutil.copytree("softmax", "gone/softmax")
     code, _, err = run(args)
     assert code == 2 and words in err.splitlines()[-1] and err.count("error: ") == 1
+    assert "it/s" not in err                                # before anything is trained
 
 
 def test_how_much_places_matter(here, capsys, monkeypatch):

@@ -77,7 +77,7 @@ def test_decay_is_its_definition(T, padded):
     x = [t.requires_grad_() for t in (*x, r)]
     exact = decayed_weights(*x[:2], r, mask)
     a = linear_attention_weights(*x[:2], True, mask, r)
-    y, _ = decayed_linear_attention(chunked_linear_attention, *x, mask)
+    y, _ = decayed_linear_attention(chunked_linear_attention, *x, key_mask=mask)
     assert error(a, exact) < 1e-10 and error(y, exact @ x[2]) < 1e-10
     last = slice(T // 2, None)
     assert error(linear_attention_weights(x[0][:, :, last], x[1], True, mask, r),
@@ -117,6 +117,14 @@ def test_decayed_state_carries_on(cuts):
                                                 *(t[:, :, i:j] for t in x), r, state=state)
         y.append(piece)
     assert error(torch.cat(y, dim=2), decayed_weights(*x[:2], r) @ x[2]) < 1e-10
+
+
+def test_decay_is_causal():
+    *x, r = decayed_inputs(5)
+    for form in (lambda: linear_attention_weights(*x[:2], False, None, r),
+                 lambda: decayed_linear_attention(chunked_linear_attention, *x, r, False)):
+        with pytest.raises(ValueError, match="causal"):
+            form()
 
 
 # -- masks, sums, precision ------------------------------------------------------------------------
