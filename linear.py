@@ -11,7 +11,6 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
     S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
     z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
 
-
 `naive_linear_attention` is the definition, T x T, and what every other form is tested against.
 `chunked_linear_attention` takes O(T) time and memory: the state sums up all earlier chunks.
 `recurrent_step` takes one token at a time, in generation, `recurrent_linear_attention` a sequence
@@ -35,9 +34,11 @@ def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None, r=None):
 
     With T_q < T_k the queries are the last T_q tokens. r: rates of decay (section 4) or None.
     """
-    if r is not None:
+    if r is None:
+        A = phi_q @ phi_k.mT                                # (B, H, T_q, T_k)
+    else:
         check_causal(causal)
-    A = phi_q @ phi_k.mT if r is None else decayed_products(phi_q, phi_k, r)    # (B, H, T_q, T_k)
+        A = decayed_products(phi_q, phi_k, r)
     if causal:
         A = A.tril(A.size(-1) - A.size(-2))
     if key_mask is not None:
