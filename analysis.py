@@ -131,8 +131,8 @@ def plot(model, mixes, task, o, table):
         h, _, weights = found[i]
         for axis, name in zip(line, names):
             axis.imshow(weights[name][:T, :T] ** 0.5, vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[],
-                     title=name.replace(", ", "\n") if i == chosen[0] else "")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(name.replace(", ", "\n") if i == chosen[0] else "", fontsize=10)
         line[0].set_ylabel(f"layer {i + 1}, head {h + 1}")
     figure.suptitle("square roots of the attention weights of query (down) and key (right)", y=1.02)
     save_figure(figure, "attention_maps.png")
