@@ -106,8 +106,7 @@ def test_decay_in_fp32_at_the_fastest_rate():
         assert g.isfinite().all()
 
 
-@pytest.mark.parametrize("cuts", [(1, 2), (40, 41), (SEGMENT, 200),
-                                  (SEGMENT + 22, 200)])
+@pytest.mark.parametrize("cuts", [(1, 2), (40, 41), (SEGMENT, 200), (SEGMENT + 22, 200)])
 def test_decayed_state_carries_on(cuts):
     """In pieces of any length, that of a single token too."""
     *x, r = decayed_inputs(2 * SEGMENT + 10)
