@@ -38,8 +38,8 @@ HEADLINE = [
      "hedgehog", "-"),
     ("from scratch, 30M on Wikipedia, 1,681 M tokens (H200), perplexity per token", "scratch",
      "perplexity", {"data": "enwiki-88m", "steps": "102,624"}, "hedgehog", "0.025; 11.8 %"),
-    ("from scratch, 124M on Wikipedia, 344 M tokens (H100), perplexity per token", "scratch",
-     "perplexity", {"data": "enwiki-88m", "steps": "10,495"}, "hedgehog", "0.025; 11.8 %"),
+    ("from scratch, 124M on Wikipedia, 600 M tokens (H200), perplexity per token", "scratch",
+     "perplexity", {"data": "enwiki-88m", "steps": "18,312"}, "hedgehog", "0.025; 11.8 %"),
     ("SmolLM2-135M converted, W twice as wide, softmax finetuned as long (H200), "
      "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 6,000"},
      "hedgehog --feature-dim 128", "0.012 (GPT-2)"),
