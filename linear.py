@@ -172,22 +172,23 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
         # c is the middle of a segment
         x = r.unsqueeze(1) * (torch.arange(L, device=v.device) - L / 2).unsqueeze(-1)
         phi_q, phi_k = phi_q * (-x).exp(), phi_k * x.exp()
-        # [S, z], with z as one more column. added: by each segment, as seen from its c; before: by
-        # all earlier ones, as seen from there; now: by all so far, as seen by the next token.
+        # [S, z], with z as one more column. added: by each segment, as seen from its c; start: by
+        # all before it, as seen where it begins, start_n = exp(-r L) start_{n-1} + half added_{n-1}.
+        # It is summed by doubling: each start has its last `lag` terms, and takes as many more from
+        # the one `lag` segments before.
         added = phi_k.mT @ pad(v.to(dtype), (0, 1), value=1.0)      # (B, H, N, F, D + 1)
-        half = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1): from an end to c or back
-        rest = (-r * (T - (N - 1) * L - L / 2)).exp().mT    # (H, F, 1): from the last c to token T
+        half = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1): c is L / 2 from the ends
         first = (torch.zeros_like(added[:, :, 0]) if state is None
                  else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1))
-        # x_n = first exp(-r L n) + sum over m < n of added_m half exp(-r L (n - 1 - m)), by doubling:
-        # after s = 1, 2, 4, .. x_n has the last 2 s of its terms
-        x, s, fade = torch.cat([first.unsqueeze(2), added[:, :, :-1] * half], dim=2), 1, half * half
-        while s < N:
-            x = x + pad(x[:, :, :-s] * fade, (0, 0, 0, 0, s, 0))
-            s, fade = 2 * s, fade * fade
-        before = x * half                                   # (B, H, N, F, D + 1)
-        now = (before[:, :, -1] + added[:, :, -1]) * rest
+        start = torch.cat([first.unsqueeze(2), added[:, :, :-1] * half], dim=2)
+        lag, fade = 1, half * half                          # fade: exp(-r L lag)
+        while lag < N:
+            start = start + pad(start[:, :, :-lag] * fade, (0, 0, 0, 0, lag, 0))
+            lag, fade = 2 * lag, fade * fade
+        before = start * half                               # as seen from c
+        rest = (-r * (T - (N - 1) * L - L / 2)).exp().mT    # (H, F, 1): from the last c to token T
+        last = (before[:, :, -1] + added[:, :, -1]) * rest
         before = before.flatten(1, 2)                       # (B, H N, F, D + 1)
         y, _ = attend(*(x.flatten(1, 2) for x in (phi_q, phi_k, v)),
                       state=(before[..., :-1], before[..., -1]))
-        return y.unflatten(1, (-1, N)).flatten(2, 3)[:, :, :T], (now[..., :-1], now[..., -1])
+        return y.unflatten(1, (-1, N)).flatten(2, 3)[:, :, :T], (last[..., :-1], last[..., -1])
