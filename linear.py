@@ -173,9 +173,9 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
         x = r.unsqueeze(1) * (torch.arange(L, device=v.device) - L / 2).unsqueeze(-1)
         phi_q, phi_k = phi_q * (-x).exp(), phi_k * x.exp()
         # [S, z], with z as one more column. added: by each segment, as seen from its c; start: by
-        # all before it, as seen where it begins, start_n = exp(-r L) start_{n-1} + half added_{n-1}.
-        # It is summed by doubling: each start has its last `lag` terms, and takes as many more from
-        # the one `lag` segments before.
+        # all before it, as seen where it begins. So start_n is exp(-r L) start_{n-1} + half
+        # added_{n-1}. It is summed by doubling: each start has its last `lag` terms, and takes as
+        # many more from the one `lag` segments before.
         added = phi_k.mT @ pad(v.to(dtype), (0, 1), value=1.0)      # (B, H, N, F, D + 1)
         half = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1): c is L / 2 from the ends
         first = (torch.zeros_like(added[:, :, 0]) if state is None
