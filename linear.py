@@ -157,10 +157,12 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
     """Linear attention with decay in O(T). `attend` does the work: it is called as
     chunked_linear_attention, without decay, and with segments as heads.
 
-    Returns y (B, H, T, D) and exp(-r) (S, z), the state as the token after the last sees it.
+    Returns y (B, H, T, D), which is 0 at padding, and exp(-r) (S, z), the state as the token after
+    the last sees it.
     """
     check_causal(causal)
     dtype, T = torch.promote_types(v.dtype, torch.float32), v.size(2)
+    r = r.to(dtype)                                         # in bf16 exp(-r) would be 1 if r < 0.002
     L = max(1, min(SEGMENT, T))
     N = max(1, -(-T // L))
     with torch.autocast(v.device.type, enabled=False):
@@ -191,4 +193,8 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
         before = before.flatten(1, 2)                       # (B, H N, F, D + 1)
         y, _ = attend(*(x.flatten(1, 2) for x in (phi_q, phi_k, v)),
                       state=(before[..., :-1], before[..., -1]))
-        return y.unflatten(1, (-1, N)).flatten(2, 3)[:, :, :T], (last[..., :-1], last[..., -1])
+        y = y.unflatten(1, (-1, N)).flatten(2, 3)[:, :, :T]
+        if key_mask is not None:
+            # Padding that sees no key has a gradient of 1 / EPS, which x.exp() makes infinite.
+            y = y.masked_fill(key_mask[:, None, :, None] == 0, 0)
+        return y, (last[..., :-1], last[..., -1])

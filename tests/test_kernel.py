@@ -78,26 +78,30 @@ def test_decay_is_its_definition(T, padded):
     exact = decayed_weights(*x[:2], r, mask)
     a = linear_attention_weights(*x[:2], True, mask, r)
     y, _ = decayed_linear_attention(chunked_linear_attention, *x, key_mask=mask)
-    assert error(a, exact) < 1e-10 and error(y, exact @ x[2]) < 1e-10
+    exact_y = exact @ x[2] if mask is None else exact @ x[2] * mask[:, None, :, None]
+    assert error(a, exact) < 1e-10 and error(y, exact_y) < 1e-10
     last = slice(T // 2, None)
     assert error(linear_attention_weights(x[0][:, :, last], x[1], True, mask, r),
                  exact[:, :, last]) < 1e-10
     dy = torch.randn_like(y)
-    references = torch.autograd.grad(exact @ x[2], x, dy)
-    for form in (y, a @ x[2]):
-        for g, reference in zip(torch.autograd.grad(form, x, dy), references):
+    for form, exact_form in ((y, exact_y), (a @ x[2], exact @ x[2])):
+        for g, reference in zip(torch.autograd.grad(form, x, dy, retain_graph=True),
+                                torch.autograd.grad(exact_form, x, dy, retain_graph=True)):
             assert (g - reference).norm() < 1e-10 * (1 + reference.norm())
 
 
-def test_decay_in_fp32_at_the_fastest_rate():
-    """exp(-FASTEST SEGMENT) is 0 in fp32; neither that nor its gradient may spoil anything."""
+@pytest.mark.parametrize("padding", [0, 1, SEGMENT + 10])
+def test_decay_in_fp32_at_the_fastest_rate(padding):
+    """exp(-FASTEST SEGMENT) is 0 in fp32; neither that nor its gradient may spoil anything, nor may
+    the gradient of padding on the left, which sees no key."""
     *x, r = decayed_inputs(2 * SEGMENT)
     x = [t.float().requires_grad_() for t in (*x, torch.full_like(r, FASTEST))]
-    y, state = decayed_linear_attention(chunked_linear_attention, *x)
+    mask = torch.arange(2 * SEGMENT).expand(2, -1) >= padding
+    y, state = decayed_linear_attention(chunked_linear_attention, *x, key_mask=mask)
     ys = [t.detach().double().requires_grad_() for t in x]
-    exact = decayed_weights(*ys[:2], ys[3]) @ ys[2]
+    exact = decayed_weights(*ys[:2], ys[3], mask) @ ys[2]
     assert error(y, exact) < 1e-5
-    assert error(linear_attention_weights(*x[:2], r=x[3]) @ x[2], exact) < 1e-5
+    assert error(linear_attention_weights(*x[:2], True, mask, x[3]) @ x[2], exact) < 1e-5
     dy = torch.randn_like(y)
     for g, reference in zip(torch.autograd.grad(y, x, dy, retain_graph=True),
                             torch.autograd.grad(exact, ys, dy.double())):
@@ -116,6 +120,20 @@ def test_decayed_state_carries_on(cuts):
                                                 *(t[:, :, i:j] for t in x), r, state=state)
         y.append(piece)
     assert error(torch.cat(y, dim=2), decayed_weights(*x[:2], r) @ x[2]) < 1e-10
+
+
+def test_decay_with_rates_in_bf16():
+    """As in a model cast to bf16: a slow feature still fades, token by token too."""
+    *x, r = decayed_inputs(300)
+    r, state, y = (r / 100).bfloat16(), None, []
+    for i in range(300):
+        y_i, state = decayed_linear_attention(chunked_linear_attention,
+                                              *(t[:, :, i:i + 1].float() for t in x), r, state=state)
+        y.append(y_i)
+    exact = decayed_weights(*x[:2], r.double()) @ x[2]
+    assert error(torch.cat(y, dim=2), exact) < 1e-5
+    assert error(linear_attention_weights(*(t.float() for t in x[:2]), r=r) @ x[2].float(),
+                 exact) < 1e-5
 
 
 def test_decay_is_causal():
