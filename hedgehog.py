@@ -97,8 +97,8 @@ def hedgehog_features(x, w):
 class FeatureMap(nn.Module):
     """phi: called with q, k (B, H, T, d) and positions (T,), returns phi_q, phi_k (B, H, T, F).
 
-    A new map is a subclass and a line in FEATURE_MAPS. Attention calls it and asks for rates(), but
-    of Hedgehog itself w_q and w_k go to the kernels where these serve.
+    A new map is a subclass and a line in FEATURE_MAPS. Attention calls it and asks for rates(); of
+    Hedgehog itself, and no subclass, it takes w_q and w_k, as kernels make these features inside.
 
     Features must give phi(q).phi(k) >= 0, and depend on a token and its position alone: generation
     hands over one token at a time. A factor that all of one query's features share cancels
@@ -112,7 +112,8 @@ class FeatureMap(nn.Module):
         return self.phi(q), self.phi(k)
 
     def rates(self):
-        """r (H, 1, F) below FASTEST, if feature f is to fade by exp(-r_f) with each token."""
+        """r (H, 1, F), at most FASTEST, if feature f is to fade by exp(-r_f) with each token. Such
+        features are to be about 1 or less (linear.py, section 4)."""
         return None
 
 
@@ -148,8 +149,8 @@ def exp_features(q, k):
 
     A query's features are divided by the largest of them, a factor that cancels. A key's exponent
     stops at 60: below that its features are exact, and a sum over 2^20 tokens of them still fits
-    into fp32 (e^88). Features below e^-60 are 0, without a gradient: it would grow like 1 / feature
-    and could overflow.
+    into fp32 (e^88). Features below e^-60 are 0, without a gradient: where all products of a query
+    are so small, that of the normalised weights would overflow.
     """
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     q = q - q.amax(-1, keepdim=True).detach()
@@ -173,7 +174,8 @@ class HedgehogDecay(Hedgehog):
     def __init__(self, config):
         super().__init__(config)
         m = self.w_q.size(-1)
-        logit = torch.linspace(-6, 0, m).repeat(2)[torch.randperm(2 * m)]   # r from 0.002 to 0.47
+        # r from 0.002 to 0.47, in an order that has nothing to do with that of the columns of W
+        logit = torch.linspace(-6, 0, m).repeat(2)[torch.randperm(2 * m)]
         self.rate_logit = nn.Parameter(logit.repeat(config.n_head, 1, 1))   # (H, 1, 2m)
 
     def rates(self):

@@ -8,7 +8,8 @@ section 3). Shapes are those of torch.nn.functional.scaled_dot_product_attention
     phi_q, phi_k  (B, H, T, F)   features: batch, heads, time, feature dim
     v, y          (B, H, T, D)   values and outputs, D the head dim
     key_mask      (B, T)         False (or 0) where a key is padding
-    S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T
+    S             (B, H, F, D)   the state: sum over the keys so far of phi(k) v^T (section 4 has
+                                 what is left of it at the next token)
     z             (B, H, F)      and its normaliser: sum over the keys so far of phi(k)
 
 `naive_linear_attention` is the definition, T x T, and what every other form is tested against.
@@ -127,11 +128,12 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 #
 # With rates r (H, 1, F) weights are sum_f phi_f(q_i) phi_f(k_j) exp(-r_f (i - j)), j <= i, and
 # S_i = exp(-r) S_{i-1} + phi(k_i) v_i^T. Since exp(-r (i - j)) = exp(-r (i - c)) exp(r (j - c)) for
-# any c, features of queries take the first factor, those of keys the second. Far from c these
-# overflow: hence tokens are cut into segments, each with a c of its own, and r is below FASTEST.
+# any c, features of queries take the first factor, those of keys the second. Of a query long before
+# c and of a key long after it these overflow: hence tokens are cut into segments, each with a c of
+# its own, and r is at most FASTEST. Features themselves have to be about 1 or less.
 
 SEGMENT = 128               # tokens
-FASTEST = 120 / SEGMENT     # exponents stay below 60 (fp32 ends at 88); of far keys they are low
+FASTEST = 120 / SEGMENT     # exponents are at most 60 (fp32 ends at 88); saved models give r / FASTEST
 
 
 def check_causal(causal):
@@ -154,15 +156,16 @@ def decayed_products(phi_q, phi_k, r):
 
 
 def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=None, state=None):
-    """Linear attention with decay in O(T). `attend` does the work: it is called as
-    chunked_linear_attention, without decay, and with segments as heads.
+    """Linear attention with decay in O(T), but for N log2(N) sums of the states of N segments.
+    `attend` does the work: it is called as chunked_linear_attention, without decay, and with
+    segments as heads. It has to cut off pairs with j > i, whose products may be infinite.
 
     Returns y (B, H, T, D), which is 0 at padding, and exp(-r) (S, z), the state as the token after
     the last sees it.
     """
     check_causal(causal)
     dtype, T = torch.promote_types(v.dtype, torch.float32), v.size(2)
-    r = r.to(dtype)                                         # in bf16 exp(-r) would be 1 if r < 0.002
+    r = r.to(dtype)                                         # in bf16 exp of a slow -r would be 1
     L = max(1, min(SEGMENT, T))
     N = max(1, -(-T // L))
     with torch.autocast(v.device.type, enabled=False):
@@ -175,21 +178,21 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
         x = r.unsqueeze(1) * (torch.arange(L, device=v.device) - L / 2).unsqueeze(-1)
         phi_q, phi_k = phi_q * (-x).exp(), phi_k * x.exp()
         # [S, z], with z as one more column. added: by each segment, as seen from its c; start: by
-        # all before it, as seen where it begins. So start_n is exp(-r L) start_{n-1} + half
+        # all before it, as seen where it begins. So start_n is exp(-r L) start_{n-1} + to_c
         # added_{n-1}. It is summed by doubling: each start has its last `lag` terms, and takes as
         # many more from the one `lag` segments before.
         added = phi_k.mT @ pad(v.to(dtype), (0, 1), value=1.0)      # (B, H, N, F, D + 1)
-        half = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1): c is L / 2 from the ends
-        first = (torch.zeros_like(added[:, :, 0]) if state is None
+        to_c = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1): to c from L / 2 before it
+        given = (torch.zeros_like(added[:, :, 0]) if state is None
                  else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1))
-        start = torch.cat([first.unsqueeze(2), added[:, :, :-1] * half], dim=2)
-        lag, fade = 1, half * half                          # fade: exp(-r L lag)
+        start = torch.cat([given.unsqueeze(2), added[:, :, :-1] * to_c], dim=2)
+        lag, fade = 1, to_c * to_c                          # fade: exp(-r L lag)
         while lag < N:
             start = start + pad(start[:, :, :-lag] * fade, (0, 0, 0, 0, lag, 0))
             lag, fade = 2 * lag, fade * fade
-        before = start * half                               # as seen from c
-        rest = (-r * (T - (N - 1) * L - L / 2)).exp().mT    # (H, F, 1): from the last c to token T
-        last = (before[:, :, -1] + added[:, :, -1]) * rest
+        before = start * to_c                               # as seen from c
+        to_T = (-r * (T - (N - 1) * L - L / 2)).exp().mT    # (H, F, 1): from the last c to token T
+        last = (before[:, :, -1] + added[:, :, -1]) * to_T
         before = before.flatten(1, 2)                       # (B, H N, F, D + 1)
         y, _ = attend(*(x.flatten(1, 2) for x in (phi_q, phi_k, v)),
                       state=(before[..., :-1], before[..., -1]))
