@@ -133,7 +133,7 @@ def recurrent_linear_attention(phi_q, phi_k, v, state=None):
 # its own, and r is at most FASTEST. Features themselves have to be about 1 or less.
 
 SEGMENT = 128               # tokens
-FASTEST = 120 / SEGMENT     # exponents are at most 60 (fp32 ends at 88); saved models give r / FASTEST
+FASTEST = 120 / SEGMENT     # exponents are at most 60 (fp32 ends at 88); models keep r / FASTEST
 
 
 def check_causal(causal):
@@ -160,8 +160,7 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
     `attend` does the work: it is called as chunked_linear_attention, without decay, and with
     segments as heads. It has to cut off pairs with j > i, whose products may be infinite.
 
-    Returns y (B, H, T, D), which is 0 at padding, and exp(-r) (S, z), the state as the token after
-    the last sees it.
+    Returns y (B, H, T, D) and exp(-r) (S, z), the state as the token after the last sees it.
     """
     check_causal(causal)
     dtype, T = torch.promote_types(v.dtype, torch.float32), v.size(2)
@@ -182,7 +181,7 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
         # added_{n-1}. It is summed by doubling: each start has its last `lag` terms, and takes as
         # many more from the one `lag` segments before.
         added = phi_k.mT @ pad(v.to(dtype), (0, 1), value=1.0)      # (B, H, N, F, D + 1)
-        to_c = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1): to c from L / 2 before it
+        to_c = (-r * L / 2).exp().unsqueeze(-1)             # (H, 1, F, 1), from L / 2 before
         given = (torch.zeros_like(added[:, :, 0]) if state is None
                  else torch.cat([state[0], state[1].unsqueeze(-1)], dim=-1))
         start = torch.cat([given.unsqueeze(2), added[:, :, :-1] * to_c], dim=2)
@@ -198,6 +197,7 @@ def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=N
                       state=(before[..., :-1], before[..., -1]))
         y = y.unflatten(1, (-1, N)).flatten(2, 3)[:, :, :T]
         if key_mask is not None:
-            # Padding that sees no key has a gradient of 1 / EPS, which x.exp() makes infinite.
-            y = y.masked_fill(key_mask[:, None, :, None] == 0, 0)
+            # A query that sees no key has y = 0 and a gradient of 1 / EPS, infinite after x.exp().
+            blind = (key_mask.cumsum(1) == 0) & ~given[..., -1].flatten(1).any(1, keepdim=True)
+            y = y.masked_fill(blind[:, None, :, None], 0)
         return y, (last[..., :-1], last[..., -1])
