@@ -43,7 +43,8 @@ HEADLINE = [
     ("SmolLM2-135M converted, W twice as wide, softmax finetuned as long (H200), "
      "perplexity per token of its own", "checkpoint", "stage 2", {"steps": "8,000 + 6,000"},
      "hedgehog --feature-dim 128", "0.012 (GPT-2)"),
-    ("the 124M model converted, softmax finetuned as long (H200), perplexity per token",
+    ("a 124M model of 176 M tokens converted, softmax finetuned as long (H200), "
+     "perplexity per token",
      "conversions", "stage 2", {"data": "enwiki-88m", "batch": "4 + 32", "rate": "0.0006"},
      "hedgehog", "0.012; 5.7 %")]
 # Of SmolLM2's tokens in the validation split, which no model here was trained on from scratch.
