@@ -84,11 +84,11 @@ def analyze(task, model, stage, o):
     softmax = next(iter(table.values()))["entropy_softmax"]
     for key, what in (("kl", "KL(softmax || map), nats"), ("entropy", "entropy, nats"),
                       ("monotonicity", "rank correlation with q.k")):
-        print(f"{what:28}" + "".join(f"{f'layer {i + 1}':>10}" for i in range(len(layers))))
+        print(f"{what:36}" + "".join(f"{f'layer {i + 1}':>10}" for i in range(len(layers))))
         if key == "entropy":
-            print(f"  {'softmax':26}" + "".join(f"{x:10.3f}" for x in softmax))
+            print(f"  {'softmax':34}" + "".join(f"{x:10.3f}" for x in softmax))
         for name, figures in table.items():
-            print(f"  {name:26}" + "".join(f"{x:10.3f}" for x in figures[key]))
+            print(f"  {name:34}" + "".join(f"{x:10.3f}" for x in figures[key]))
     if o.plot:
         plot(model, {"softmax": [SoftmaxAttention()] * len(layers), **maps}, task, o,
              {"softmax": {"entropy": softmax}, **table})

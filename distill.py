@@ -412,14 +412,14 @@ def convert(task, teacher, o):
 
 
 def print_table(rows, figure):
-    print(f"{'':28}{figure:>12}{'KL':>9}{'entropy: softmax':>18}{'linear':>9}{'monotonicity':>14}")
+    print(f"{'':36}{figure:>12}{'KL':>9}{'entropy: softmax':>18}{'linear':>9}{'monotonicity':>14}")
     for r in rows:
         linear = "-" if r["kl"] == 0 else f"{r['entropy']:.3f}"     # it is softmax
-        print(f"{r['name']:28}{r[figure]:12.2f}{r['kl']:9.3f}{r['entropy_softmax']:18.3f}"
+        print(f"{r['name']:36}{r[figure]:12.2f}{r['kl']:9.3f}{r['entropy_softmax']:18.3f}"
               f"{linear:>9}{r['monotonicity']:14.3f}")
     for r in rows:
         if "rouge1" in r:
-            print(f"{r['name']:28}ROUGE-1, -2, -L {r['rouge1']:.1f} {r['rouge2']:.1f} "
+            print(f"{r['name']:36}ROUGE-1, -2, -L {r['rouge1']:.1f} {r['rouge2']:.1f} "
                   f"{r['rougeL']:.1f}")
     print("KL(softmax || linear), entropies in nats and monotonicity on the q and k of the softmax "
           "teacher before stage 2, of the model itself after it")
