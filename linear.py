@@ -44,8 +44,8 @@ def linear_attention_weights(phi_q, phi_k, causal=True, key_mask=None, r=None):
         A = A.tril(A.size(-1) - A.size(-2))
     if key_mask is not None:
         A = A * key_mask[:, None, None, :]
-    total = A.sum(-1, keepdim=True, dtype=torch.promote_types(A.dtype, torch.float32))
-    return (A / (total + EPS)).to(A.dtype)                  # in fp16 EPS would be 0
+    dtype = torch.promote_types(A.dtype, torch.float32)     # in fp16 EPS would be 0
+    return (A / (A.sum(-1, keepdim=True, dtype=dtype) + EPS)).to(A.dtype)
 
 
 def naive_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None):
@@ -89,11 +89,11 @@ def chunked_linear_attention(phi_q, phi_k, v, causal=True, key_mask=None, state=
             if state is None:
                 state = torch.zeros_like(S[:, :, 0]), torch.zeros_like(z[:, :, 0])
             S = torch.cat([state[0].unsqueeze(2), S], dim=2).cumsum(2)  # (B, H, N+1, F, D)
-            z = torch.cat([state[1].unsqueeze(2), z], dim=2).cumsum(2)  # n: all before chunk n
+            z = torch.cat([state[1].unsqueeze(2), z], dim=2).cumsum(2)  # S_n: before chunk n
             num = num + phi_q @ S[:, :, :-1]
             den = den + phi_q @ z[:, :, :-1].unsqueeze(-1)
         y = (num / (den + EPS)).flatten(2, 3)[:, :, :T]     # (B, H, T, D)
-        return y.to(dtype), (S[:, :, -1].clone(), z[:, :, -1].clone())      # not views of all
+        return y.to(dtype), (S[:, :, -1].clone(), z[:, :, -1].clone())  # a view keeps all alive
 
 
 # --- 3. One token at a time -----------------------------------------------------------------------
