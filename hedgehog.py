@@ -91,7 +91,8 @@ def hedgehog_features(x, w):
     w (H, d, m) is one W a head; each softmax is over its own m features. Section 4 of the paper.
     """
     h = x @ w
-    return torch.cat([h.softmax(-1), (-h).softmax(-1)], dim=-1)
+    dtype = torch.float32 if h.dtype == torch.float16 else h.dtype      # fp16 ends at 6e-8
+    return torch.cat([h.softmax(-1, dtype), (-h).softmax(-1, dtype)], dim=-1)
 
 
 class FeatureMap(nn.Module):

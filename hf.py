@@ -40,12 +40,14 @@ FAMILIES = ("gpt2", "llama", "bert", "vit")
 # --- the seam -------------------------------------------------------------------------------------
 
 
-def attention(module, q, k, v, key_mask=None, scaling=None, **_):
+def attention(module, q, k, v, key_mask=None, scaling=None, is_causal=None, **_):
     """What an attention module of transformers calls: q (B, H, T, d), k and v with H or fewer
     heads, key_mask (B, tokens so far) -> y (B, T, H, d), None. There is no dropout of weights,
     which linear attention does not have."""
     if key_mask is not None and key_mask.dim() != 2:
         raise ValueError("only masks (batch, tokens) are understood, not 4D ones")
+    if is_causal not in (None, module.is_causal):
+        raise ValueError(f"is_causal={is_causal} is not supported here")
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))     # shared heads
     if scaling is not None:                                 # ours is 1 / sqrt(d)
         q = q * (scaling * math.sqrt(q.size(-1)))
@@ -137,10 +139,15 @@ def forget_cache(module, args, output):
 def count_from_padding(model, args, kwargs):
     """A pre-hook of causal models: without position_ids they would count padding on the left, too.
     Softmax of rotary positions does not mind that, maps of the rotated q and k do."""
-    mask = kwargs.get("attention_mask")
+    if args:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        args, kwargs = (), {**dict(zip(names, args)), **kwargs}
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("cache", kwargs.get("past_key_values"))
     if kwargs.get("position_ids") is None and mask is not None and mask.dim() == 2:
-        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("input_ids")
         new = (kwargs["inputs_embeds"] if tokens is None else tokens).size(1)
+        if mask.size(1) < new + (0 if cache is None else cache.get_seq_length()):
+            raise ValueError("attention_mask has to cover the tokens in the cache, too")
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
     return args, kwargs
 
@@ -153,6 +160,8 @@ def take_over(model):
         raise ValueError(f"{config.model_type} models (with cross attention, or BERT as a decoder) "
                          f"are not supported; these are: {', '.join(FAMILIES)}")
     modules = [m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    if any(hasattr(m, "mix") for m in modules):
+        raise ValueError("this model is a HuggingFace already: its convert() changes the attention")
     for i, module in enumerate(modules):
         module.mix, module.mix_cache, module.layer_idx = SoftmaxAttention(), None, i
         module.register_forward_pre_hook(remember_cache, with_kwargs=True)
@@ -209,7 +218,13 @@ class HuggingFace(nn.Module):
         device = next(self.hf.parameters()).device
         for layer, name in zip(self.attention_layers(), self.config.attentions):
             layer.mix = make_mix(name, self.config).to(device)
+        self.describe()
         return self
+
+    def describe(self):
+        """Into transformers' config: load() finds here what save_pretrained leaves out, too."""
+        self.hf.config.hedgehog = {"attention": self.config.attention,
+                                   "feature_dim": self.config.feature_dim, "stage": self.stage}
 
     def inputs(self, idx, key_mask):
         if self.hf.main_input_name == "pixel_values":
@@ -260,8 +275,7 @@ class HuggingFace(nn.Module):
                 not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} holds something else: give another folder")
         part, old = (folder.with_name(f"{folder.name}.{x}-{os.getpid()}") for x in ("part", "old"))
-        self.hf.config.hedgehog = {"attention": self.config.attention,
-                                   "feature_dim": self.config.feature_dim, "stage": self.stage}
+        self.describe()
         maps = {f"{i}.{name}": x.contiguous() for i, layer in enumerate(self.attention_layers())
                 for name, x in layer.mix.state_dict().items()}
         try:
@@ -322,7 +336,8 @@ def load(name, kind="CausalLM", device="cpu", labels=(), **options):
 
         try:
             model.convert(**settings)
-            maps = load_file(path / "hedgehog.safetensors")
+            learned = any(layer.mix.state_dict() for layer in model.attention_layers())
+            maps = load_file(path / "hedgehog.safetensors") if learned else {}
             for i, layer in enumerate(model.attention_layers()):
                 layer.mix.load_state_dict({key.split(".", 1)[1]: x for key, x in maps.items()
                                            if key.split(".", 1)[0] == str(i)})

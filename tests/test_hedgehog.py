@@ -51,6 +51,18 @@ def test_weights_are_not_negative(name):
     assert (phi_q @ phi_k.mT >= -1e-12).all()
 
 
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_decay"])
+def test_features_in_fp16_do_not_vanish(name):
+    """Large q and k: in fp16 features below 6e-8 would be 0, and with them whole weights."""
+    q, k = (x.half() for x in qk(15.0))
+    feature_map = FEATURE_MAPS[name](config(name)).half()
+    exact = [x.detach() for x in feature_map.double()(q.double(), k.double(), torch.arange(T))]
+    for phi, reference in zip(feature_map.half()(q, k, torch.arange(T)), exact):
+        large = reference > 1e-30
+        assert ((phi.double() / reference - 1).abs()[large] < 0.1).all()
+
+
+
 def test_hedgehog_is_two_softmaxes_per_head():
     q, k = qk()
     m, phi_q, phi_k = features("hedgehog", q, k)

@@ -2,6 +2,7 @@
 of the four families, saved and loaded by the real path; no network."""
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -207,6 +208,42 @@ def test_saved_and_loaded(stock, family):
         assert torch.equal(a, b), name                      # the softmax model, for all others
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_by_transformers(stock, family):
+    """Which keeps the name of a map without parameters; one with parameters is an error below."""
+    stock(family)
+    idx, mask = batch(family)
+    for attention in ("elu", "softmax", "softmax,elu"):
+        model = load(family).convert(attention)
+        model.hf.save_pretrained(family)
+        again = load(family)
+        assert again.config.attention == attention
+        assert torch.equal(logits(again, idx, mask), logits(model, idx, mask))
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_calls_as_of_transformers(stock, family):
+    """Padding on the left counts for no position, however the mask is handed over; what would be
+    wrong without a word is an error."""
+    stock(family)
+    model = load(family).convert("hedgehog")
+    idx, mask = batch(family, "left")
+    base = model.hf.base_model
+    if family == "llama":                                   # a GPT-2 takes its cache in between
+        assert torch.equal(base(idx, mask)[0], base(idx, attention_mask=mask)[0])
+    cache = hf.Cache(layer_class_to_replicate=hf.StateLayer)
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        whole = model.hf(idx, attention_mask=mask).logits
+        model.hf(idx[:, :6], attention_mask=mask[:, :6], **{name: cache})
+        with pytest.raises(ValueError, match="cover"):
+            model.hf(idx[:, 6:], attention_mask=mask[:, 6:], **{name: cache})
+        rest = model.hf(idx[:, 6:], attention_mask=mask, **{name: cache}).logits
+    assert torch.allclose(rest, whole[:, 6:], atol=1e-5)
+    with pytest.raises(ValueError, match="is_causal"):
+        model.hf(idx, is_causal=False)
+
+
 def test_a_failed_save_leaves_the_old_one(stock, monkeypatch):
     stock("llama")
     model = load("llama").convert("hedgehog")
@@ -281,8 +318,11 @@ def test_scaling_and_fp32_maps_in_a_bf16_model(stock):
             p += 0.1 * torch.randn_like(p)
     idx, _ = batch("gpt2")
     theirs = model(input_ids=idx).logits
-    assert torch.allclose(logits(hf.HuggingFace(model), idx, None), theirs, atol=1e-5)
-    low = hf.HuggingFace(copy.deepcopy(model)).convert("hedgehog")
+    assert torch.allclose(logits(hf.HuggingFace(copy.deepcopy(model)), idx, None), theirs,
+                          atol=1e-5)
+    low = hf.HuggingFace(model).convert("hedgehog")
+    with pytest.raises(ValueError, match="already"):
+        hf.HuggingFace(model)
     exact = logits(low, idx, None)
     low.hf.bfloat16()
     for layer in low.attention_layers():
