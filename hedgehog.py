@@ -51,8 +51,11 @@ class GPTConfig:
             if name != "softmax" and name not in FEATURE_MAPS:
                 raise ValueError(f"attention {name!r} is not one of: softmax, "
                                  + ", ".join(FEATURE_MAPS))
-        if "hedgehog_decay" in self.attention and not self.causal:
-            raise ValueError("hedgehog_decay is for causal models, not for encoders")
+            if not self.causal and name != "softmax" and (
+                    FEATURE_MAPS[name].rates is not FeatureMap.rates):
+                raise ValueError(f"{name} is for causal models, not for encoders")
+        if self.attention.count(",") >= self.n_layer:
+            raise ValueError(f"attention {self.attention!r} is longer than n_layer {self.n_layer}")
         if self.position not in ("learned", "rotary"):
             raise ValueError(f"position {self.position!r} is neither learned nor rotary")
         if self.n_head < 1 or self.feature_dim < 0:

@@ -62,7 +62,8 @@ def attention(module, q, k, v, key_mask=None, scaling=None, is_causal=None, **_)
     if start + q.size(2) > limit:
         raise ValueError(f"cosformer is for up to {limit} tokens here")
     positions = torch.arange(start, start + q.size(2), device=q.device)
-    dtype = next((x.dtype for x in module.mix.state_dict().values()), q.dtype)
+    dtype = next((x.dtype for x in module.mix.state_dict().values() if x.is_floating_point()),
+                 q.dtype)
     if not torch.is_autocast_enabled(q.device.type):        # fp32 maps in a bf16 model
         q, k = q.to(dtype), k.to(dtype)
     cache = None

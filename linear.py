@@ -152,7 +152,7 @@ def decayed_products(phi_q, phi_k, r):
         x = r * x.unsqueeze(-1)                             # (H, end, F): r (j - c)
         A = (q * (-x[:, -q.size(2):]).exp()) @ (phi_k[:, :, :end] * x.exp()).mT
         rows.append(pad(A, (0, T_k - end)))
-    return torch.cat(rows, dim=2)
+    return torch.cat(rows, dim=2) if rows else phi_q @ phi_k.mT
 
 
 def decayed_linear_attention(attend, phi_q, phi_k, v, r, causal=True, key_mask=None, state=None):

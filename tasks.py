@@ -232,6 +232,9 @@ def load_bins(folder, name, o):
         if path.exists() and path.stat().st_size % dtype().itemsize:
             raise ValueError(f"{path} ends within a token of {meta.get('dtype', 'uint16')}")
     splits = {split: np.fromfile(path, dtype) for split, path in paths.items() if path.exists()}
+    if any(x.any() and not x[1:4096:2].any() for x in splits.values() if len(x) > 1):
+        raise ValueError(f"{folder}: every second token is 0, as in numbers wider than "
+                         f"{meta.get('dtype', 'uint16')}: name their dtype in meta.json")
     return Text(name, tokenizer, vocab_size, splits, counts, o.block_size)
 
 
@@ -479,7 +482,7 @@ class Responses:
 
     def read(self, path):
         pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -292,7 +292,8 @@ def test_attention_by_layer():
     assert kinds == ["LinearAttention", "SoftmaxAttention"] * 2 + ["LinearAttention"]
     assert config("elu,cosformer", position="rotary").max_length == 64
     assert config("elu,softmax", position="rotary").max_length is None
-    assert config("elu,softmax", n_layer=1).attentions == ["elu"]
+    with pytest.raises(ValueError, match="longer than n_layer 1"):      # else all would be elu
+        config("elu,softmax", n_layer=1)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -408,6 +409,18 @@ def test_a_model_leaves_the_start_of_a_map_alone(monkeypatch):
     monkeypatch.setitem(FEATURE_MAPS, "biased", Biased)
     for layer in GPT(config("biased")).attention_layers():
         assert (layer.mix.feature_map.linear.bias == 0.5).all()
+
+
+def test_maps_with_rates_are_refused_for_encoders(monkeypatch):
+    class Fading(FeatureMap):
+        def rates(self):
+            return torch.ones(H, 1, D)
+
+    monkeypatch.setitem(FEATURE_MAPS, "fading", Fading)
+    for name in ("fading", "hedgehog,hedgehog_decay"):
+        config(name)
+        with pytest.raises(ValueError, match="not for encoders"):
+            config(name, causal=False)
 
 
 @pytest.mark.parametrize("name", ["hedgehog", "hedgehog_exp", "t2r"])

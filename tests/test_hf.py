@@ -25,7 +25,7 @@ import gap
 import hf
 import tasks
 from gpt import GPT
-from hedgehog import GPTConfig, SoftmaxAttention
+from hedgehog import FEATURE_MAPS, GPTConfig, SoftmaxAttention
 
 SMALL = dict(vocab_size=270, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64)
@@ -334,6 +334,23 @@ def test_scaling_and_fp32_maps_in_a_bf16_model(stock):
     assert {p.dtype for p in hf.load("low").hf.parameters()} == {torch.float32}
 
 
+def test_a_map_with_integers(stock, monkeypatch):
+    """q and k take the type of a map's weights, and that is none."""
+    class Reversed(FEATURE_MAPS["relu"]):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("order", torch.arange(config.head_dim).flip(0))
+
+        def phi(self, x):
+            return super().phi(x[..., self.order])
+
+    monkeypatch.setitem(FEATURE_MAPS, "reversed", Reversed)
+    stock("llama")
+    idx, mask = batch("llama")
+    same, exact = (logits(load("llama").convert(name), idx, mask) for name in ("reversed", "relu"))
+    assert torch.allclose(same, exact, atol=1e-5)
+
+
 def test_an_odd_head_dim(stock):
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=270, n_positions=64, n_embd=20, n_layer=1, n_head=4)).eval()
@@ -513,7 +530,7 @@ def test_a_language_model_from_the_command_line(stock, capsys, monkeypatch):
 def test_responses(stock, capsys):
     stock("gpt2")
     lines = [json.dumps({"dialogue": f"A: {i}", "summary": f"{i}."}) for i in range(40)]
-    Path("d.jsonl").write_text("\n".join(lines))
+    Path("d.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")     # as of Windows
     task = tasks.Responses("d.jsonl", hf.load("gpt2").tokenizer, 64)
     x, y, mask = task.batch("train", [0, 11])
     for i, text in ((0, "0."), (1, "11.")):

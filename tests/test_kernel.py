@@ -138,6 +138,12 @@ def test_decay_with_rates_in_bf16():
                  exact) < 1e-5
 
 
+def test_decay_of_no_tokens():
+    *x, r = decayed_inputs(0)
+    y, _ = decayed_linear_attention(chunked_linear_attention, *x, r)
+    assert y.shape == x[2].shape and linear_attention_weights(*x[:2], r=r).shape == (2, 3, 0, 0)
+
+
 def test_decay_is_causal():
     *x, r = decayed_inputs(5)
     for form in (lambda: linear_attention_weights(*x[:2], False, None, r),

@@ -219,6 +219,10 @@ def test_folder_of_bins(small_bpe):
     assert r["config"]["vocab_size"] == 258 and "bits_per_byte" in r["valid"]
     write_bins((ids + 60000).astype(np.uint32), tokenizer="x", vocab_size=70000, dtype="uint32")
     assert (tasks.load_data(options(data="d")).splits["train"] == ids + 60000).all()
+    write_bins(ids.astype(np.uint32), tokenizer="x", vocab_size=258)        # names no dtype
+    assert "every second token is 0" in failure(command)
+    Path("d/valid.bin").write_bytes(b"")
+    write_bins(ids.astype(np.uint16), tokenizer="x", vocab_size=258)
     Path("d/valid.bin").write_bytes(b"")
     assert "has 0 tokens" in failure(command)
     Path("d/valid.bin").write_bytes(bytes(1001))
