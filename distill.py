@@ -9,14 +9,13 @@
     python distill.py --task FOLDER --teacher RUN       GLUE's train.tsv and dev.tsv
     python distill.py --teacher gpt2 --data TEXT        a model of Hugging Face: name, folder, GGUF
     python distill.py --analyze RUN --plot figures/     entropy, monotonicity, KL by layer and map
-    python distill.py --analyze RUN --data TEXT --block-size 512    on other text, longer contexts
 
 The paper's section 4: every attention layer gets a feature map, which first learns to give
 softmax's attention weights (stage 1, all else frozen); then linear attention takes softmax's place
-and the whole model is finetuned for a while (stage 2). From top to bottom: options, the two stages,
-adapters, tables; analysis.py has what they measure. OUT gets log.jsonl, result.json, and teacher/,
-stage1/, stage2/, softmax/ and with ListOps scratch/: checkpoints of train_lm.py, which samples from
-those of text and goes on with them, or for a model of Hugging Face folders that transformers opens.
+and the whole model is finetuned (stage 2). Below: options, the two stages, adapters, tables;
+analysis.py measures. OUT gets log.jsonl, result.json, and teacher/, stage1/, stage2/, softmax/ and
+with ListOps scratch/: checkpoints of train_lm.py, which samples from those of text and goes on with
+them, or for a model of Hugging Face folders that transformers opens.
 """
 
 import copy
@@ -44,7 +43,7 @@ from hedgehog import GPTConfig, SoftmaxAttention, attention_kl, softmax_attentio
 from linear import linear_attention_weights
 from tasks import (Classification, Images, Responses, glue, gpt2_encoding, listops, load_data,
                    matthews)
-from train_lm import autocast, set_rate
+from train_lm import autocast, identity, set_rate
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -501,15 +500,16 @@ def train_teacher(o):
     shared = {f.name: getattr(o, f.name) for f in fields(train_lm.Options)}
     t = train_lm.Options(**shared | dict(attention="softmax", feature_dim=0, steps=o.teacher_steps,
                                          lr=o.teacher_lr, out=f"{o.out}/teacher"))
-    begun = Path(t.out, "checkpoint.pt").exists() and not o.overwrite
+    data, begun = load_data(t), Path(t.out, "checkpoint.pt").exists() and not o.overwrite
     if begun:
-        saved = train_lm.load_checkpoint(t.out)["options"]
-        for key in sorted(vars(t).keys() - train_lm.CHANGEABLE | {"data", "steps", "epochs", "lr"}):
-            if saved[key] != getattr(t, key):
+        state = train_lm.load_checkpoint(t.out)
+        saved, now = state["options"] | {"text": state["data"]}, vars(t) | {"text": identity(data)}
+        for key in sorted(now.keys() - train_lm.CHANGEABLE | {"data", "steps", "epochs", "lr"}):
+            if saved[key] != now[key]:
                 raise ValueError(f"{t.out} was trained with {key} {saved[key]}: --overwrite "
                                  "replaces it, --out DIR keeps it")
     if not begun or not Path(t.out, "result.json").exists():
-        _, result = train_lm.train(replace(t, resume=begun), load_data(t))
+        _, result = train_lm.train(replace(t, resume=begun), data)
         if result is None:
             raise KeyboardInterrupt
         train_lm.write_result(t.out, result)

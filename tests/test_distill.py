@@ -862,6 +862,10 @@ def test_trains_its_own_teacher(tiny_preset):
     Path("own/result.json").unlink()
     code, _, err = run(args, "--seed 1")                    # the teacher there is another one
     assert code == 2 and "own/teacher was trained with seed 0" in err
+    with open("text.txt", "a") as f:                        # so is one of this text before
+        f.write("more\n" * 100)
+    code, _, err = run(args)
+    assert code == 2 and "own/teacher was trained with text" in err
     Path("own/stage1/of the run before").write_text("")
     result(args, "--overwrite --seed 1")
     assert not Path("own/stage1/of the run before").exists()
