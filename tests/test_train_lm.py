@@ -221,7 +221,6 @@ def test_folder_of_bins(small_bpe):
     assert (tasks.load_data(options(data="d")).splits["train"] == ids + 60000).all()
     write_bins(ids.astype(np.uint32), tokenizer="x", vocab_size=258)        # names no dtype
     assert "every second token is 0" in failure(command)
-    Path("d/valid.bin").write_bytes(b"")
     write_bins(ids.astype(np.uint16), tokenizer="x", vocab_size=258)
     Path("d/valid.bin").write_bytes(b"")
     assert "has 0 tokens" in failure(command)
